@@ -1,0 +1,11 @@
+"""comfyui-reasonedit: reasoning in image editing, as ComfyUI nodes, a library and a command line.
+
+Imports nothing at module level: ComfyUI loads this folder at its start, and `import reasonedit` must stay cheap.
+"""
+
+
+async def comfy_entrypoint():  # noqa: RUF029 - ComfyUI awaits it
+    """The V3 extension that ComfyUI asks for when it loads this folder."""
+    from .nodes import ReasonEditExtension
+
+    return ReasonEditExtension()

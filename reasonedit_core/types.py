@@ -1,0 +1,207 @@
+"""The values that travel between the rooms. All are frozen; behaviour lives in functions.
+
+Pictures are float tensors (1, 3, H, W) in 0..1 (RGB). Latents are packed (B, T, C) unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Decision(str, Enum):
+    """The outcome of a reflection. The value is what `trace.json` holds."""
+
+    SUCCESS = "success"
+    REFINE = "refine"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One run of the loop, as the user asked for it.
+
+    image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
+    guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
+    max_rounds: the largest number of edits. max_seconds: no round is started after this time.
+    """
+
+    image: torch.Tensor
+    instruction: str
+    seed: int = 0
+    steps: int = 28
+    guidance: float = 6.0
+    size_level: int = 1024
+    negative: str | None = None
+    references: tuple[torch.Tensor, ...] = ()
+    max_rounds: int = 3
+    max_seconds: float | None = None
+    think: bool = True
+    reflect: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What thinking made of the user's words. `instruction` is the goal that the run is judged against."""
+
+    original: str
+    instruction: str
+    steps: tuple[str, ...] = ()
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Self-scores of one edited picture, each 0..10; None where the score was not asked for.
+
+    edit: (instruction followed, little changed beyond it); quality: (naturalness, freedom from artefacts);
+    consistency: agreement of the picture with the target description, after the caps of the released code;
+    consistency_reason: the scorer's words.
+    """
+
+    edit: tuple[float, ...] | None = None
+    quality: tuple[float, ...] | None = None
+    consistency: float | None = None
+    consistency_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reflection:
+    """The reasoner's verdict on one edited picture. `instruction` is the second instruction of a REFINE."""
+
+    decision: Decision
+    reason: str
+    instruction: str | None = None
+    scores: Scores = field(default_factory=Scores)
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """What the generator made.
+
+    image: (1, 3, H, W) in 0..1 at the size the policy asks for (source size, or generated size).
+    generated: (1, 3, h, w) the decoded picture at the generated size. latents: (1, T, C) its packed, normalised latents,
+    which a chained round uses as reference so that no second VAE pass or resize degrades the picture.
+    """
+
+    image: torch.Tensor
+    generated: torch.Tensor
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One edit with its reflection. `input_index` names the round whose picture was edited; None means the source."""
+
+    index: int
+    instruction: str
+    input_index: int | None
+    edited: Edited
+    reflection: Reflection | None = None
+    seconds: float = 0.0
+
+    @property
+    def image(self) -> torch.Tensor:
+        """The picture of this round, (1, 3, H, W) in 0..1."""
+        return self.edited.image
+
+
+@dataclass(frozen=True, slots=True)
+class EditTrace:
+    """All rounds of a run. `best` is the index of the chosen round, or None when the source is returned unchanged."""
+
+    request: EditRequest
+    thought: Thought | None = None
+    target: str | None = None
+    rounds: tuple[Round, ...] = ()
+    best: int | None = None
+    stop_reason: str = ""
+
+    @property
+    def goal(self) -> str:
+        """What reflection judges against: the instruction that thinking made, else the user's own."""
+        return self.thought.instruction if self.thought else self.request.instruction
+
+    @property
+    def image(self) -> torch.Tensor:
+        """The result: the best round's picture, or the source."""
+        return self.request.image if self.best is None else self.rounds[self.best].image
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What a conditioner hands to a denoiser: the seam between the systems.
+
+    tokens (B, T, D) text-side states; mask (B, T) bool or None when every token is valid; positions (T, 3) float ids of the
+    text tokens where the denoiser wants them; text_embeds (B, T, D) and text_mask (B, T): MLLM input embeddings of quoted
+    characters (Step1X v1.2); pooled (B, P); reference, residual: further inputs of the UNet systems.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    residual: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentImage:
+    """Packed latents of one picture. tokens (1, height * width, C); height, width: the token grid (pixels / 16)."""
+
+    tokens: torch.Tensor
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the loop decides. Two are named: `reasonedit` (the default) and `released` (loop.POLICIES).
+
+    released: reproduce the released pipelines' numerics and loop (shared between loop, generator and conditioner).
+    on_failed: what follows a FAILED verdict: `restart` from the source with the goal (released), `rethink` once with the
+    reason as feedback and stop after that, or `stop`. revise: what follows REFINE: `chain` edits the result with the second
+    instruction, `merge` edits the source with goal and second instruction together.
+    keep_best: a round that scores worse than the best so far is not built upon, and an unsuccessful run may return the
+    source unchanged. accept: consistency (0..10) at which a REFINE verdict stops as well, the picture agreeing with its
+    description; doubt: consistency under which a SUCCESS verdict is not believed. source_size: return the source's size.
+    """
+
+    name: str = "reasonedit"
+    released: bool = False
+    on_failed: str = "rethink"
+    revise: str = "chain"
+    keep_best: bool = True
+    accept: float = 9.0
+    doubt: float = 3.0
+    source_size: bool = True
+
+
+@dataclass(slots=True)
+class Counts:
+    """How often the costly calls of a run were made. The one mutable value: components add to the instance they share."""
+
+    vision_passes: int = 0
+    generate_calls: int = 0
+    new_tokens: int = 0
+    denoiser_forwards: int = 0
+    vae_encodes: int = 0
+    vae_decodes: int = 0
+
+
+ShouldStop = Callable[[], bool]
+"""Polled between denoising steps and between tokens; True makes the callee raise `Interrupted`."""
+
+OnText = Callable[[str, str], None]
+"""(task, text so far): streamed reasoner text."""
+
+OnStep = Callable[[int, int, "torch.Tensor"], None]
+"""(step index from 1, number of steps, packed latents (1, T, C) of the picture in the making)."""
