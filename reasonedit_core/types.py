@@ -114,7 +114,10 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class EditTrace:
-    """All rounds of a run. `best` is the index of the chosen round, or None when the source is returned unchanged."""
+    """All rounds of a run. `best` is the index of the chosen round, or None when the source is returned unchanged.
+
+    earlier_thoughts: thoughts that a FAILED verdict made the run give up; seconds: wall time of the run so far.
+    """
 
     request: EditRequest
     thought: Thought | None = None
@@ -122,6 +125,8 @@ class EditTrace:
     rounds: tuple[Round, ...] = ()
     best: int | None = None
     stop_reason: str = ""
+    earlier_thoughts: tuple[Thought, ...] = ()
+    seconds: float = 0.0
 
     @property
     def goal(self) -> str:
@@ -167,19 +172,17 @@ class Policy:
     """How the loop decides. Two are named: `reasonedit` (the default) and `released` (loop.POLICIES).
 
     released: reproduce the released pipelines' numerics and loop (shared between loop, generator and conditioner).
-    on_failed: what follows a FAILED verdict: `restart` from the source with the goal (released), `rethink` once with the
-    reason as feedback and stop after that, or `stop`. revise: what follows REFINE: `chain` edits the result with the second
-    instruction, `merge` edits the source with goal and second instruction together.
-    keep_best: a round that scores worse than the best so far is not built upon, and an unsuccessful run may return the
-    source unchanged. accept: consistency (0..10) at which a REFINE verdict stops as well, the picture agreeing with its
-    description; doubt: consistency under which a SUCCESS verdict is not believed. source_size: return the source's size.
+    on_failed: what follows a FAILED verdict: `restart` from the source with the goal, `rethink` once with the reason as
+    feedback and stop after that, or `stop`. revise: what follows REFINE: `chain` edits the result with the second
+    instruction, `merge` edits the source with goal and second instruction together. accept: consistency (0..10) at which a
+    REFINE verdict stops as well, the picture agreeing with its description; doubt: consistency under which a SUCCESS
+    verdict is not believed. source_size: return pictures of the source's size.
     """
 
     name: str = "reasonedit"
     released: bool = False
     on_failed: str = "rethink"
     revise: str = "chain"
-    keep_best: bool = True
     accept: float = 9.0
     doubt: float = 3.0
     source_size: bool = True
