@@ -1,0 +1,44 @@
+"""Tiny random checkpoints for tests: built once per user and state of the builder, outside the repository.
+
+Use: `from reasonedit.tests.tiny import tiny_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from reasonedit.reasonedit_core.mini import builder
+
+
+@cache
+def tiny_checkpoint(system: str, seed: int = 0, std: float = builder.STD) -> Path:
+    """Folder of the tiny checkpoint of `system`. Shared between tests and processes: do not write into it."""
+    folder = _cache() / f"{system}-{seed}-{std}"
+    if not folder.exists():
+        # Built aside and renamed, so that a process that runs at the same time never sees half a checkpoint.
+        building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        builder.build_checkpoint(system, building, seed=seed, std=std)
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(building)  # another process was faster; its folder holds the same bits
+    return folder
+
+
+@cache
+def _cache() -> Path:
+    """Cache folder of this user, keyed by the sources of the builder: a change of the builder never meets old files."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(builder.__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"reasonedit-tiny-{user}" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
