@@ -1,0 +1,163 @@
+"""One door to attention: `attention(q, k, v, mask)` picks a backend and never drops what it was given.
+
+B batch, T queries, S keys, H heads, Hk key heads (H is a multiple of Hk), D head dim.
+
+Order of choice: the host's callable (ComfyUI's attention, when a node hands one in), else the backend the caller
+named, else the first row of `BACKENDS` that is available and takes the call. A backend says in words why it cannot
+run; a named one that cannot raises with those words, `auto` passes on to the next row and logs its choice once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..errors import BackendUnavailable, ConfigError
+from . import reference, sdpa
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(q (B, T, H, D), k (B, S, Hk, D), v (B, S, Hk, D), mask | None) -> (B, T, H, D). A host's callable has it too."""
+
+
+class Refused(BackendUnavailable):
+    """A host's attention cannot take this call (its mask, say); the dispatch then goes on to its own backends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to compute attention.
+
+    available: None, or why it cannot run on that device; costly probes remember their answer. supports: None, or why
+    this very call cannot run; it may look at shapes, dtypes and devices, never at values. about: one line for
+    `explain`.
+    """
+
+    name: str
+    available: Callable[[torch.device], str | None]
+    supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], str | None]
+    run: Run
+    about: str = ""
+
+    def refusal(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> str | None:
+        """None when this call can run, else the reason."""
+        return self.available(q.device) or self.supports(q, k, v, mask)
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("sdpa", sdpa.available, sdpa.supports, sdpa.run, "torch scaled_dot_product_attention"),
+    Backend("reference", reference.available, reference.supports, reference.run, "plain torch in fp32, slow"),
+)
+"""In order of preference."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    host: Run | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v.
+
+    q: (B, T, H, D); k, v: (B, S, Hk, D); mask: bool, True where a query may see a key, broadcastable to (B, H, T, S)
+    -> (B, T, H, D). A query that may see no key gets zeros. host: tried first; it computes the call or raises
+    `Refused`. backend: "auto" or a name of `BACKENDS`.
+    """
+    _check(q, k, v, mask)
+    if host is not None:
+        try:
+            return host(q, k, v, mask)
+        except Refused as refusal:
+            if not torch.compiler.is_compiling():
+                _log_once(f"the host's attention refused a call ({refusal}); our own backends take it")
+    return select(backend, q, k, v, mask).run(q, k, v, mask)
+
+
+def select(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> Backend:
+    """The backend that computes this call: the named one, or for "auto" the first that can."""
+    if name != "auto":
+        chosen = _named(name)
+        reason = chosen.refusal(q, k, v, mask)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"attention backend {name!r} cannot run this call: {reason}. Choose 'auto' or one of {_names()}."
+            )
+        return chosen
+    reasons = []
+    for candidate in BACKENDS:
+        reason = candidate.refusal(q, k, v, mask)
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                _log_once("; ".join([f"attention on {q.device.type}: backend {candidate.name}", *reasons]))
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    raise BackendUnavailable(f"no attention backend can run this call: {'; '.join(reasons)}.")
+
+
+def explain(device: torch.device | str = "cpu") -> str:
+    """Which backend `auto` would take on `device`, and what each one says of itself: text for `reasonedit doctor`."""
+    device = torch.device(device)
+    reasons = {backend.name: backend.available(device) for backend in BACKENDS}
+    first = next((name for name, reason in reasons.items() if reason is None), None)
+    lines = [f"attention on {device}: " + (f"{first} would run" if first else "no backend can run")]
+    for backend in BACKENDS:
+        reason = reasons[backend.name]
+        lines.append(f"  {backend.name}: {'available' if reason is None else reason} ({backend.about})")
+    if device.type == "cuda":
+        kinds = {
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        }
+        lines.append("  sdpa may use: " + ", ".join([*(kind for kind, on in kinds.items() if on), "plain"]))
+    return "\n".join(lines)
+
+
+def _names() -> str:
+    return ", ".join(repr(backend.name) for backend in BACKENDS)
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ConfigError(f"attention backend {name!r} is not known. Choose 'auto' or one of {_names()}.")
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Refuse what a backend could misread in silence: a float mask, heads that do not divide, keys unlike values."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ConfigError(
+            "attention takes q (B, T, H, D) and k, v (B, S, H, D), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+        raise ConfigError(
+            "attention needs one batch and head dim for q, k, v and query heads that are a multiple of the key heads, "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ConfigError(f"an attention mask is bool, True where a query may see a key; got {mask.dtype}.")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.ndim > 4 or any(got not in (1, want) for got, want in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ConfigError(f"an attention mask must broadcast to (B, H, T, S) = {full}, got {tuple(mask.shape)}.")
+
+
+@lru_cache(maxsize=256)
+def _log_once(text: str) -> None:
+    """One line per distinct choice, so that a run of thousands of calls logs each decision once."""
+    log.info("%s", text)

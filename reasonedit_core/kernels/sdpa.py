@@ -1,0 +1,37 @@
+"""Attention by torch's `scaled_dot_product_attention`, which picks a cuDNN, flash, memory-efficient or plain kernel.
+
+Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+
+def available(device: torch.device) -> str | None:
+    """Always None: SDPA is part of torch and has a plain fallback on every device."""
+    return None
+
+
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """None, or the reason why this call cannot run."""
+    if not q.is_floating_point():
+        return f"it takes floating-point queries, got {q.dtype}"
+    return None
+
+
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention -> (B, T, H, D) in q's dtype."""
+    q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and mask is not None:
+        # Flash takes no mask and the memory-efficient kernel no groups: a grouped call with a mask would fall to the
+        # plain kernel, which makes the whole (T, S) matrix. Repeated heads reach the memory-efficient one.
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        group = 1
+    if mask is not None and mask.ndim < 4:
+        mask = mask[(None,) * (4 - mask.ndim)]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
+    return rearrange(out, "b h t d -> b t h d")

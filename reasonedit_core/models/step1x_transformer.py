@@ -1,0 +1,392 @@
+"""The Step1X-Edit DiT (v1.0, v1.1, v1.2), with the key names of the diffusers release.
+
+B batch, N image tokens (target, then references), T text tokens, L = T + N, C width, H heads, D head dim.
+
+Text stands first in every joint sequence. Step-independent work can be done once and handed in: `prepare_text` for
+the prompt, `rope` for the positions. Attention goes through `kernels.attention`; a mask given here is never dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import Timesteps, get_1d_rotary_pos_embed
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..kernels import attention
+from ..kernels.dispatch import Run
+from .connector import Attend, ConnectorState, Step1XConnector
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin in fp32, each (L, D) or (B, L, D), every angle written twice (pairs are interleaved)."""
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextState:
+    """What of a prompt does not depend on the timestep; valid until the weights change.
+
+    connector: see `ConnectorState`. vector (B, C): the embedded pooled prompt. mapped (B, T, joint_attention_dim):
+    mapped MLLM input embeddings of quoted characters, zero elsewhere, or None.
+    """
+
+    connector: ConnectorState
+    vector: Tensor
+    mapped: Tensor | None = None
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear on one vector per sample."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_channels, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels) -> (B, C)."""
+        return self.out_layer(nn.functional.silu(self.in_layer(x)))
+
+
+class SingleAttention(nn.Module):
+    """Projections of one stream: queries and keys are RMS-normalised per head, before the rotation."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, C) -> q, k, v, each (B, L, H, D)."""
+        q, k, v = (_split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
+        """(B, L, C) -> (B, L, C), without an output projection."""
+        q, k, v = self.project(x)
+        return _attend(q, k, v, rope, mask, attend)
+
+
+class JointAttention(SingleAttention):
+    """Two streams with their own projections and norms, one attention over both."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.norm_added_q = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.add_q_proj = nn.Linear(width, width)
+        self.add_k_proj = nn.Linear(width, width)
+        self.add_v_proj = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_add_out = nn.Linear(width, width)
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> q, k, v, each (B, T, H, D)."""
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (_split_heads(layer(text), self.heads) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor, text: Tensor, rope: Rope, mask: Tensor | None, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, N, C), text (B, T, C) -> their projected attention outputs."""
+        pairs = zip(self.project_text(text), self.project(image), strict=True)
+        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+        out = _attend(q, k, v, rope, mask, attend)
+        return self.to_out[0](out[:, text.shape[1] :]), self.to_add_out(out[:, : text.shape[1]])
+
+
+class DoubleBlock(nn.Module):
+    """Joint attention of text and image, then an MLP of each; all gated, shifted and scaled by `temb`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(width)
+        self.norm1_context = AdaLayerNormZero(width)
+        self.attn = JointAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
+        self.norm2_context = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.ff_context = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
+
+    def forward(
+        self, image: Tensor, text: Tensor, temb: Tensor, rope: Rope, mask: Tensor | None, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, N, C), text (B, T, C), temb (B, C) -> image, text."""
+        image_in, gate, shift2, scale2, gate2 = self.norm1(image, emb=temb)
+        text_in, text_gate, text_shift2, text_scale2, text_gate2 = self.norm1_context(text, emb=temb)
+        image_out, text_out = self.attn(image_in, text_in, rope, mask, attend)
+
+        image = image + gate[:, None] * image_out
+        image = image + gate2[:, None] * self.ff(_modulate(self.norm2(image), scale2, shift2))
+
+        text = text + text_gate[:, None] * text_out
+        text = text + text_gate2[:, None] * self.ff_context(
+            _modulate(self.norm2_context(text), text_scale2, text_shift2)
+        )
+        return image, _clamp_fp16(text)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence, with one output projection for both."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = AdaLayerNormZeroSingle(width)
+        self.attn = SingleAttention(width, heads)
+        self.proj_mlp = nn.Linear(width, 4 * width)
+        self.proj_out = nn.Linear(5 * width, width)
+
+    def forward(self, x: Tensor, temb: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
+        """x (B, L, C), temb (B, C) -> (B, L, C)."""
+        normed, gate = self.norm(x, emb=temb)
+        inner = nn.functional.gelu(self.proj_mlp(normed), approximate="tanh")
+        attended = self.attn(normed, rope, mask, attend)
+        return _clamp_fp16(x + gate[:, None] * self.proj_out(torch.cat([attended, inner], dim=-1)))
+
+
+class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The denoiser of Step1X-Edit: packed latents, timestep and MLLM states -> velocity.
+
+    The configuration has the released field names. Sizes that the release fixes in code follow from it: the text
+    token mapping goes from connector_in_channels to joint_attention_dim, the pooled head ends at vector_in_dim.
+    guidance_embeds is kept for the sake of released configuration files; no version has such an embedding.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DoubleBlock", "SingleBlock"]
+    _repeated_blocks = ["DoubleBlock", "SingleBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        timestep_in_dim: int = 256,
+        vector_in_dim: int = 768,
+        connector_in_channels: int = 3584,
+        connector_hidden_size: int = 4096,
+        connector_heads_num: int = 32,
+        connector_depth: int = 2,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        enable_text_token_mapping: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            attention_head_dim, axes_dims_rope, connector_hidden_size, connector_heads_num, joint_attention_dim
+        )
+        width = num_attention_heads * attention_head_dim
+        self.out_channels = out_channels or in_channels
+        self.time_proj = Timesteps(timestep_in_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = Embedder(timestep_in_dim, width)
+        self.vec_embed = Embedder(vector_in_dim, width)
+        self.context_embedder = nn.Linear(joint_attention_dim, width)
+        self.x_embedder = nn.Linear(in_channels, width)
+        self.connector = Step1XConnector(
+            connector_in_channels, connector_hidden_size, connector_heads_num, connector_depth, vector_in_dim
+        )
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(width, num_attention_heads) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(width, num_attention_heads) for _ in range(num_single_layers)
+        )
+        self.norm_out = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
+        self.text_token_mapping = (
+            nn.Linear(connector_in_channels, joint_attention_dim) if enable_text_token_mapping else None
+        )
+        self.gradient_checkpointing = False
+
+    def prepare_text(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_mask: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        host: Run | None = None,
+        backend: str = "auto",
+    ) -> TextState:
+        """The step-independent part of a prompt; `forward` takes it instead of encoder_hidden_states, with equal bits.
+
+        encoder_hidden_states (B, T, M); encoder_mask (B, T): valid tokens, padding to the right.
+        text_embeds (B, T, M) and text_mask (B, T): MLLM input embeddings of quoted characters; without
+        `text_token_mapping` they are not looked at.
+        """
+        attend = partial(attention, host=host, backend=backend)
+        state = self.connector.prepare(encoder_hidden_states, encoder_mask, attend)
+        mapped = None
+        if self.text_token_mapping is not None and text_embeds is not None:
+            if text_mask is None:
+                raise ConfigError("text_embeds came without text_mask; give both (it says which tokens were quoted).")
+            mapped = self.text_token_mapping(text_embeds) * text_mask.to(text_embeds.dtype).unsqueeze(-1)
+        return TextState(state, self.vec_embed(state.pooled), mapped)
+
+    def rope(self, ids: Tensor) -> Rope:
+        """Rotation tables of `join_ids(txt_ids, img_ids)`, (L, 3) or (B, L, 3); they serve every step of a run."""
+        return rope_tables(ids, tuple(self.config.axes_dims_rope))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | TextState,
+        encoder_mask: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        joint_mask: Tensor | None = None,
+        *,
+        rope: Rope | None = None,
+        host: Run | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Velocity of every image token, (B, N, out_channels); the caller keeps those of the target.
+
+        hidden_states (B, N, in_channels): noisy target, then references. timestep (B,) in 0..1.
+        encoder_hidden_states (B, T, M) with encoder_mask, text_embeds and text_mask as for `prepare_text`, or what that
+        returned. txt_ids (T, 3) or (B, T, 3) and img_ids (N, 3) or (B, N, 3), or `rope`.
+        joint_mask (B, 1, 1 | L, L) bool, True where a query may see a key; without it padded text takes part, as in
+        v1.0 and v1.1. host, backend: see `kernels.attention`.
+        """
+        attend = partial(attention, host=host, backend=backend)
+        state = self._text_state(encoder_hidden_states, encoder_mask, text_embeds, text_mask, host, backend)
+        tokens = self.connector.refine(state.connector, timestep, attend)
+        if state.mapped is not None:
+            tokens = tokens + state.mapped
+
+        image = self.x_embedder(hidden_states)
+        # Times 1000 in the dtype given: a bf16 timestep rounds here, which is part of the released numerics.
+        temb = self.time_embed(self.time_proj(timestep * 1000).to(hidden_states.dtype)) + state.vector
+        text = self.context_embedder(tokens).expand(image.shape[0], -1, -1)
+        rope = self._rope(rope, txt_ids, img_ids, text.shape[1] + image.shape[1])
+
+        for block in self.transformer_blocks:
+            image, text = self._run(block, image, text, temb, rope, joint_mask, attend)
+        joint = torch.cat([text, image], dim=1)
+        for block in self.single_transformer_blocks:
+            joint = self._run(block, joint, temb, rope, joint_mask, attend)
+        return self.proj_out(self.norm_out(joint[:, text.shape[1] :], temb))
+
+    def _run(self, block: nn.Module, *args: object) -> Tensor | tuple[Tensor, Tensor]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def _text_state(
+        self,
+        text: Tensor | TextState,
+        mask: Tensor | None,
+        embeds: Tensor | None,
+        embeds_mask: Tensor | None,
+        host: Run | None,
+        backend: str,
+    ) -> TextState:
+        if not isinstance(text, TextState):
+            return self.prepare_text(text, mask, embeds, embeds_mask, host=host, backend=backend)
+        if mask is not None or embeds is not None or embeds_mask is not None:
+            raise ConfigError(
+                "a prepared TextState came together with masks or embeddings, which it already holds; give them to "
+                "prepare_text instead."
+            )
+        return text
+
+    def _rope(self, rope: Rope | None, txt_ids: Tensor | None, img_ids: Tensor | None, length: int) -> Rope:
+        """The tables given or made, checked to be as long as the joint sequence."""
+        if rope is None:
+            if txt_ids is None or img_ids is None:
+                raise ConfigError("positions are missing: give txt_ids and img_ids, or rope.")
+            rope = self.rope(join_ids(txt_ids, img_ids))
+        if rope[0].shape[-2] != length:
+            raise ConfigError(
+                f"positions for {rope[0].shape[-2]} tokens were given, text and image together have {length}."
+            )
+        return rope
+
+
+def join_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+    """Text positions before image positions: (T, 3) | (B, T, 3) and (N, 3) | (B, N, 3) -> (L, 3) | (B, L, 3)."""
+    if txt_ids.ndim != img_ids.ndim:
+        batch = max(txt_ids, img_ids, key=lambda ids: ids.ndim).shape[0]
+        txt_ids, img_ids = (ids.expand(batch, -1, -1) for ids in (txt_ids, img_ids))
+    return torch.cat([txt_ids, img_ids], dim=-2)
+
+
+def rope_tables(ids: Tensor, axes_dims: tuple[int, ...]) -> Rope:
+    """ids (..., L, A), axes_dims of length A -> cos, sin (..., L, sum(axes_dims)): angles in fp64, tables in fp32."""
+    # Apple's GPUs have no fp64.
+    wide = torch.float32 if ids.device.type == "mps" else torch.float64
+    tables = [
+        get_1d_rotary_pos_embed(dim, ids[..., axis].float().flatten(), 10000.0, use_real=True, freqs_dtype=wide)
+        for axis, dim in enumerate(axes_dims)
+    ]
+    cos, sin = (torch.cat(parts, dim=-1).reshape(*ids.shape[:-1], -1) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate interleaved pairs of x (B, L, H, D) in fp32 -> x's dtype."""
+    cos, sin = (table[..., ::2].unsqueeze(-2) for table in rope)
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
+    out = attend(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+    return rearrange(out, "b l h d -> b l (h d)")
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b l (h d) -> b l h d", h=heads)
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _clamp_fp16(x: Tensor) -> Tensor:
+    """In fp16 an overflow would become inf and then NaN; the released code clamps at the same two places."""
+    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
+
+
+def _check_sizes(
+    head_dim: int, axes_dims: tuple[int, ...], connector_width: int, connector_heads: int, joint_width: int
+) -> None:
+    if sum(axes_dims) != head_dim:
+        raise ConfigError(
+            f"axes_dims_rope {tuple(axes_dims)} sums to {sum(axes_dims)}, attention_head_dim is {head_dim}; "
+            "they must be equal. Check the checkpoint's config.json."
+        )
+    if connector_width % connector_heads:
+        raise ConfigError(
+            f"connector_hidden_size {connector_width} is not a multiple of connector_heads_num {connector_heads}. "
+            "Check the checkpoint's config.json."
+        )
+    if connector_width != joint_width:
+        raise ConfigError(
+            f"joint_attention_dim {joint_width} must equal connector_hidden_size {connector_width}: the connector's "
+            "tokens are what the DiT embeds. Check the checkpoint's config.json."
+        )
