@@ -4,7 +4,7 @@ Imports nothing at module level: ComfyUI loads this folder at its start, and `im
 """
 
 
-async def comfy_entrypoint():  # noqa: RUF029 - ComfyUI awaits it
+async def comfy_entrypoint():
     """The V3 extension that ComfyUI asks for when it loads this folder."""
     from .nodes import ReasonEditExtension
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
-class Decision(str, Enum):
+class Decision(StrEnum):
     """The outcome of a reflection. The value is what `trace.json` holds."""
 
     SUCCESS = "success"

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from reasonedit.reasonedit_core.errors import ConfigError
 from reasonedit.reasonedit_core.mini import configs, layouts
 from reasonedit.reasonedit_core.mini.builder import SYSTEMS, build_checkpoint
 from reasonedit.tests.tiny import tiny_checkpoint
-from safetensors.torch import load_file
 
 TOKENIZER = {"vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"}
 TOKENIZER |= {"chat_template.jinja"}

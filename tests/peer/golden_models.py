@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import recipe  # noqa: E402
+import recipe
 
 TARGET = Path(__file__).resolve().parent.parent / "golden" / "step1x_model.safetensors"
 
