@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .detect import QWEN, STEP1X, Layout, detect
-from .errors import CheckpointError, ConfigError
+from .detect import QWEN, STEP1X
+from .errors import BackendUnavailable, CheckpointError, ConfigError
 from .loop import POLICIES
+from .parts import Parts, find_parts
 from .settings import Settings, read_settings
 from .types import Counts, Policy
 
@@ -50,7 +51,7 @@ class SystemSpec:
     reasoner: str = "qwen"
     dialogue: Path | None = None
     policy: str = "reasonedit"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "auto"
     loras: tuple[tuple[Path, float], ...] = ()
     offload: str = "none"
@@ -86,9 +87,31 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
         raise ConfigError(f"expected a system out of {', '.join(SYSTEMS)}, found {spec.system!r}.")
     if spec.policy not in POLICIES:
         raise ConfigError(f"expected a policy out of {', '.join(POLICIES)}, found {spec.policy!r}.")
-    if spec.dtype not in DTYPES:
-        raise ConfigError(f"expected a dtype out of {', '.join(DTYPES)}, found {spec.dtype!r}.")
+    if spec.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"expected a dtype out of auto, {', '.join(DTYPES)}, found {spec.dtype!r}.")
     return SYSTEMS[spec.system](spec, _Progress(on_progress))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` -> CUDA where torch can use it, else the CPU; a named device that is not there is an error."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise BackendUnavailable(
+            f"--device cuda: expected a CUDA device that torch can use, found none (torch {torch.__version__}, {build}); "
+            "`reasonedit doctor` says more, `--device cpu` runs without"
+        )
+    return torch.device("cuda")
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`auto` -> bfloat16 on CUDA devices that compute in it (8.0 and later), float16 on older ones, float32 on the CPU."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
 class _Progress:
@@ -207,61 +230,6 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
 SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_step1x, QWEN: _load_qwen_image}
 
 
-# ---- where the parts lie -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The files and folders of one system. tokenizer, scheduler: None where the folder holds none of its own."""
-
-    root: Path
-    layout: Layout
-    transformer: Path
-    mllm: Path
-    vae: Path
-    tokenizer: Path | None
-    scheduler: Path | None
-
-
-def find_parts(weights: Path, system: str) -> Parts:
-    """Find the parts of `system` in a folder in a released layout. CheckpointError names what is missing."""
-    weights = Path(weights)
-    if not weights.exists():
-        raise CheckpointError(
-            f"expected a folder of weights at {weights}, found nothing. Fetch them with `reasonedit download {system} --to "
-            f'"{weights}"`, or name the folder you have.'
-        )
-    layout = detect(weights)
-    if layout.system and layout.system != system:
-        raise CheckpointError(f"{weights}: expected weights of {system}, found {layout.system}. Use --system {layout.system}.")
-    found = dict(layout.components) if layout.kind == "pipeline" else {layout.kind: layout.path}
-    missing = [name for name in ("transformer", "text_encoder", "vae") if name not in found]
-    if missing:
-        raise CheckpointError(
-            f"{weights}: expected a transformer, a text_encoder and a vae, found {', '.join(found)} and no "
-            f"{', '.join(missing)}. Put the missing files into this folder, or finish the download."
-        )
-    root = weights if weights.is_dir() else weights.parent
-    scheduler = found.get("scheduler")
-    return Parts(
-        root,
-        layout,
-        found["transformer"],
-        found["text_encoder"],
-        found["vae"],
-        found.get("tokenizer") or _loose_tokenizer(root, layout),
-        scheduler if scheduler and (scheduler / "scheduler_config.json").is_file() else None,
-    )
-
-
-def _loose_tokenizer(root: Path, layout: Layout) -> Path | None:
-    """A folder with tokenizer files beside single files; released folders keep theirs with the MLLM."""
-    if layout.components.get("text_encoder", root).is_dir():
-        return None
-    places = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    return next((p for p in places if (p / "tokenizer.json").is_file() or (p / "vocab.json").is_file()), None)
-
-
 # ---- shared parts --------------------------------------------------------------------------------------------------------
 
 
@@ -361,13 +329,8 @@ def _choose_pack(spec: SystemSpec, parts: Parts, variant: str | None) -> PackCho
 
 def _placement(spec: SystemSpec) -> tuple[torch.dtype, torch.device, torch.device]:
     """(dtype, device of the computation, device the weights are loaded to)."""
-    name = spec.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this torch sees no CUDA device. Use --device cpu, or run `reasonedit doctor`.")
-    return DTYPES[spec.dtype], device, device if spec.offload == "none" else torch.device("cpu")
+    device = choose_device(spec.device)
+    return DTYPES[choose_dtype(spec.dtype, device)], device, device if spec.offload == "none" else torch.device("cpu")
 
 
 def _vae_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import ReasonEditError
+from .errors import Interrupted, ReasonEditError
 from .interfaces import Generator, Reasoner
 from .types import Decision, EditRequest, EditTrace, OnStep, OnText, Policy, Reflection, Round, ShouldStop, Thought
 
@@ -100,7 +100,7 @@ def think_edit_reflect(
                 trace = _reflect(trace, reasoner, time.monotonic() - started)
                 _tell(on_round, trace)
     except ReasonEditError as error:
-        error.trace = finish(trace, policy, "interrupted")
+        error.trace = finish(trace, policy, "interrupted" if isinstance(error, Interrupted) else "error")
         raise
     return finish(trace, policy, step.reason)
 

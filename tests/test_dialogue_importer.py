@@ -383,7 +383,7 @@ def test_written_whole_or_not_at_all(checkout, tmp_path, monkeypatch):
     assert load_pack(path).tasks == result.pack.tasks
     path.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match="disk full"):
         result.write(path)
     assert path.read_text() == "old" and [entry.name for entry in path.parent.iterdir()] == ["dialogue.toml"]
 

@@ -197,13 +197,16 @@ def test_default_rounds_own_their_seeds_and_round_zero_equals_the_released_one()
     assert float(ours.rounds[1].image.mean()) == pytest.approx(float(alone))
 
 
-@pytest.mark.parametrize("error", [MalformedReply("no tag", "raw"), Interrupted("stop")], ids=["malformed", "interrupt"])
-def test_an_error_carries_the_rounds_already_made(error):
+@pytest.mark.parametrize(
+    ("error", "reason"), [(MalformedReply("no tag", "raw"), "error"), (Interrupted("stop"), "interrupted")]
+)
+def test_an_error_carries_the_rounds_already_made(error, reason):
     told = []
     with pytest.raises(type(error)) as caught:
         run([verdict(edit=(4, 4)), error], on_round=told.append)
     trace = caught.value.trace
     assert len(trace.rounds) == 2 and trace.rounds[1].reflection is None and trace.best == 0
+    assert trace.stop_reason == reason
     assert [(len(t.rounds), t.rounds[-1].reflection is not None) for t in told] == [
         (1, False), (1, True), (2, False)
     ]

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import write_whole
 from .pack import TASKS, ConditioningPrompt, Pack, Part, Slot, TaskPrompt, Template, joined
 from .packfile import format_pack, parse_pack
 from .source import SourceFile, read_source
@@ -75,17 +74,7 @@ class ImportResult:
 
     def write(self, path: str | Path) -> Path:
         """Write the pack, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(self.text)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        return path
+        return write_whole(path, self.text.encode())
 
 
 def import_released(source: str | Path, *, timeout: float = 30.0) -> ImportResult:

@@ -74,7 +74,7 @@ FORMS: dict[Form, tuple[Part, ...]] = {
         Text("tagged"),
         Literal("<#"),
         Choice(
-            ("Success>", "Failed>", "Reflection>", "Others>"),
+            ("Success>", "Failed>", "Reflection>"),
             branches={"Reflection>": (Text("tagged", ends=True),)},
         ),
     ),
