@@ -71,7 +71,6 @@ def test_others_is_a_success_only_under_released():
         "<#Think> nothing decided",
         "<#Think> a <#Success> b <#Failed>",
         "<#Think> a <#Success> b <#Success>",
-        "<#Think> a <#Think> b <#Success>",
         "<#Success> <#Think> late",
         "＜#Think＞ 很好 ＜#Success＞",
         "这张图片很好，风筝是红色的。",
@@ -81,6 +80,13 @@ def test_others_is_a_success_only_under_released():
 def test_unreadable_verdicts_raise(text, released):
     with pytest.raises(MalformedReply, match="expected <#Think>"):
         parse_verdict(text, released=released)
+
+
+def test_a_second_think_tag_is_a_failure_to_the_released_loop_and_unreadable_to_ours():
+    text = "<#Think> a <#Think> b <#Success>"
+    assert parse_verdict(text, released=True) == (Decision.FAILED, "a <#Think> b", None)
+    with pytest.raises(MalformedReply, match="2 times <#Think>"):
+        parse_verdict(text)
 
 
 def test_released_counts_tags_in_front_of_think_too():

@@ -23,7 +23,7 @@ from reasonedit.reasonedit_core.latents import KLCodec, draw_normal, pack
 from reasonedit.reasonedit_core.mllm.load import load_mllm
 from reasonedit.reasonedit_core.types import Counts, EditRequest
 from reasonedit.reasonedit_core.weights import load_flux_vae, load_step1x_transformer
-from reasonedit.tests.peer import cases
+from reasonedit.tests.peer import cases, recipe
 from reasonedit.tests.test_conditioner_step1x import golden
 from reasonedit.tests.tiny import tiny_checkpoint
 
@@ -93,7 +93,11 @@ def test_released_edit(version, name, batched, monkeypatch):
     gap = (found.latents.float() - expected["latents"]).abs()
     levels = (found.image * 255 - expected["picture"].float()).abs()
     if case.dtype == torch.float32:
-        assert gap.max() < 1e-4 and levels.mean() < 0.05 and levels.max() <= 2
+        assert gap.max() < 1e-4
+        close = levels.mean() < 0.05 and levels.max() <= 2
+        if not close and not recipe.resizes_like_the_goldens():
+            pytest.skip("latents equal; picture NOT COMPARED: Pillow 13, which made it, resizes this size differently")
+        assert close, (levels.max(), levels.mean())
     else:
         assert gap.mean() < 2e-2 * expected["latents"].std() and levels.mean() < 3
     assert expected["picture"].float().std() > 5, "a flat picture would agree with anything"

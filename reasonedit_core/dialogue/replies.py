@@ -182,6 +182,10 @@ def parse_verdict(text: str, *, released: bool = False) -> Verdict:
     found = [tag for tag in TAGS for _ in range(min(counted.count(tag), 2))]
     if len(found) != 1 or found[0] not in tags:
         raise _malformed(expected, f"{', '.join(found) or 'none of them'}", text)
+    if released and body.count(THINK) > 1 and found[0] in body:
+        # The released code's two gates differ here: the first lets the reply pass, the second does not take it for a
+        # success and finds no instruction in it. Its loop then starts over, as after a failure.
+        return Verdict(Decision.FAILED, body[len(THINK) :].partition(found[0])[0].strip(), None)
     if body.count(THINK) != 1 or found[0] not in body:
         raise _malformed(expected, f"{body.count(THINK)} times {THINK}, {found[0]} first", text)
     reason, _, rest = body[len(THINK) :].partition(found[0])

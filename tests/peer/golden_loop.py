@@ -1,6 +1,8 @@
 """Makes tests/golden/loop_rounds.safetensors and loop_edits.safetensors with the released Step1X-Edit v1.2 pipeline.
 
-    PYTHONPATH=<released diffusers fork>/src python tests/peer/golden_loop.py
+    PYTHONPATH=<released diffusers fork>/src python tests/peer/golden_loop.py [FOLDER]
+
+FOLDER: where the files go instead of tests/golden.
 
 The cases stand here, because the tests run the same ones through `reasonedit edit`. All words are our own: the scripted
 replies, the instructions, and the conditioning prefix, which replaces the released one for the time of the run. Importing this
@@ -48,6 +50,7 @@ class Loop:
     guidance: float = 6.0
     seed: int = 0
     think: bool = False
+    reflect: bool = True
     rounds: int = 3
     std: float = STD_CHAINED
 
@@ -119,8 +122,8 @@ LOOPS: dict[str, Loop] = {
         "add a small boat",
         replies(
             [refine("paint the boat white"), FAILED, FAILED],
-            [pair(5, 5), pair(4, 4), pair(3, 9)],
-            [pair(5, 5), pair(4, 4), pair(9, 9)],
+            [pair(5, 5), pair(4, 4), pair(2, 9)],
+            [pair(5, 5), pair(4, 4), pair(9, 9)],  # products of the minima: 25, 16, 18
         ),
     ),
     "success_at_once": Loop(
@@ -172,6 +175,9 @@ LOOPS: dict[str, Loop] = {
         think=True,
         rounds=2,
         std=STD,
+    ),
+    "thinking_alone": Loop(
+        "what was it before?", {"think": ["Make the wall whole again."]}, (64, 64), think=True, reflect=False
     ),
     "unreadable_then_good": Loop(
         "give the dog a collar",
@@ -239,22 +245,22 @@ def main() -> None:
     from reasonedit.tests.tiny import tiny_checkpoint
 
     torch.set_num_threads(1)
-    pipes = {
-        std: released.load(tiny_checkpoint(SYSTEM, std=std), prefix=PREFIX, dropped=DROPPED) for std in (STD, STD_CHAINED)
-    }
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    pipes = {std: released.load(tiny_checkpoint(SYSTEM, std=std), prefix=PREFIX, dropped=DROPPED) for std in (STD, STD_CHAINED)}
     pictures, records = {}, {}
     for name, case in LOOPS.items():
         record = released.run_loop(pipes[case.std], source(case.size), **released_arguments(case))
         records[name] = record.as_json()
         pictures |= {f"{name}/{i}": released.to_tensor(made) for i, made in enumerate(record.pictures)}
         sys.stdout.write(f"{name}: {records[name]}\n")
-    save_file(pictures, ROUNDS, metadata={"records": json.dumps(records, ensure_ascii=False)})
+    save_file(pictures, folder / ROUNDS.name, metadata={"records": json.dumps(records, ensure_ascii=False)})
     edits = {}
     for name, case in SINGLE.items():
         made = released.run_edit(pipes[STD], source(case.size), **released_arguments(case))
         edits[name] = stored(name, released.to_tensor(made))
-    save_file(edits, EDITS)
-    for path in (ROUNDS, EDITS):
+    save_file(edits, folder / EDITS.name)
+    for path in (folder / ROUNDS.name, folder / EDITS.name):
         sys.stdout.write(f"{path.name}: {path.stat().st_size} bytes\n")
 
 

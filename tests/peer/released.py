@@ -6,9 +6,9 @@ work in the released code's environment:
     PYTHONPATH=<released diffusers fork>/src python tests/peer/released.py JOBS.json OUT.safetensors
 
 Needs transformers 4.55, megfile and qwen_vl_utils, as the released code does; that code is the user's own copy and no part of
-this repository. Two things are changed in it, and only in memory: the default dtype of its text encoding, and the text mapping's
-size, which it fixes to that of the large model. In the loop, what the MLLM says is replaced by a script; the questions, the
-readers of the replies, the retries, the decisions and the choice of the best picture are the released ones.
+this repository. Two things are changed in it, and only in memory: the default dtype of its text encoding, and the size of the
+text mapping, which it fixes to that of the large model. In the loop, what the MLLM says is replaced by a script; the questions,
+the readers of the replies, the retries, the decisions and the choice of the best picture are the released ones.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class LoopRecord:
     """What one run of the released loop did, round by round where it is a list.
 
     instructions: what the editor got; inputs: index of the round whose picture was edited, None for the source; decisions:
-    success, refine or failed; scores: consistency after the caps. questions: (task, system text, parts of the user turn, a
-    picture being the size of what is shown). vision_passes: pictures that went through the vision encoder, in both roles.
+    success, refine or failed; consistency: after the caps (both empty without reflection); verdicts, marks: as they were read.
+    questions: (task, system text, parts of the user turn, a picture being the size of what is shown). vision_passes: pictures
+    that went through the vision encoder, in both roles.
     """
 
     pictures: list[Image.Image]
@@ -95,9 +96,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, prefix: str | None
     return pipe
 
 
-def run_edit(
-    pipe, image: Image.Image, instruction: str, *, guidance: float, steps: int, level: int, seed: int
-) -> Image.Image:
+def run_edit(pipe, image: Image.Image, instruction: str, *, guidance: float, steps: int, level: int, seed: int) -> Image.Image:
     """One edit without a reasoner."""
     return pipe(
         image=image,
@@ -121,6 +120,7 @@ def run_loop(
     level: int,
     seed: int,
     think: bool = False,
+    reflect: bool = True,
     rounds: int = 3,
     speak: bool = False,
 ) -> LoopRecord:
@@ -149,7 +149,7 @@ def run_loop(
                 size_level=level,
                 generator=torch.Generator().manual_seed(seed),
                 enable_thinking_mode=think,
-                enable_reflection_mode=True,
+                enable_reflection_mode=reflect,
                 max_try_cnt=rounds,
             )
     finally:
