@@ -231,8 +231,8 @@ class TestReleasedConverter:
     def functions(self):
         source = os.environ.get("REASONEDIT_PEER_SRC")
         if not source:
-            pytest.skip("REASONEDIT_PEER_SRC does not name the released source")
-        script = Path(source).parent / "scripts" / "convert_step1x_edit_to_diffusers.py"
+            pytest.skip("NOT COMPARED with the released converter: set REASONEDIT_PEER_SRC to a checkout of the released code")
+        script = Path(source) / "scripts" / "convert_step1x_edit_to_diffusers.py"
         if not script.is_file():
             pytest.skip(f"{script} is not there")
         tree = ast.parse(script.read_text(encoding="utf-8"))
