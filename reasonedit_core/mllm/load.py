@@ -128,9 +128,9 @@ def find_tokenizer(folder: Path | None, given: str | Path | None, source: Path) 
             return place
     looked = ", ".join(str(place) for place in places)
     raise CheckpointError(
-        f"{source}: expected a tokenizer (tokenizer.json, or vocab.json with merges.txt), found none in {looked}. Give the "
-        "folder of any Qwen2.5-VL tokenizer as tokenizer_path: a Qwen2.5-VL folder, a pipeline's tokenizer/ or processor/, "
-        "or comfy/text_encoders/qwen25_tokenizer of a ComfyUI installation."
+        f"{source}: expected a tokenizer (tokenizer.json, or vocab.json with merges.txt), found none in {looked}. Copy "
+        "the tokenizer files of any Qwen2.5-VL (its folder, a pipeline's tokenizer/ or processor/, or ComfyUI's "
+        "comfy/text_encoders/qwen25_tokenizer) into a folder tokenizer/ of the weights, or name their folder (tokenizer_path)."
     )
 
 
@@ -229,7 +229,7 @@ def infer_config(state: Mapping[str, torch.Tensor], tokenizer_folder: Path, sour
     if hidden not in HEADS or vision_hidden != VISION_SIZE:
         raise CheckpointError(
             f"{source}: expected the sizes of a published Qwen2.5-VL (hidden size {', '.join(map(str, HEADS))}, vision "
-            f"{VISION_SIZE}), found {hidden} and {vision_hidden}. Give a tokenizer_path whose folder holds its config.json."
+            f"{VISION_SIZE}), found {hidden} and {vision_hidden}. Put its config.json beside its tokenizer."
         )
     heads, kv_heads = HEADS[hidden]
     return {
