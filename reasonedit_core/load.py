@@ -6,7 +6,6 @@ everything below it is shared. One MLLM object conditions the denoiser and reaso
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .detect import QWEN, STEP1X
-from .errors import BackendUnavailable, CheckpointError, ConfigError
+from .errors import BackendUnavailable, ConfigError
 from .loop import POLICIES
-from .parts import Parts, find_parts
+from .parts import Parts, can_speak, find_parts, read_schedule
 from .settings import Settings, read_settings
 from .types import Counts, Policy
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from .generator import FlowGenerator
     from .interfaces import Reasoner, Speaker
     from .mllm.qwen25vl import QwenVL
+    from .offload import Mover
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OnProgress = Callable[[str, int, int], None]
 """(what is being loaded, parts done, parts in all)."""
 
+MakeMover = Callable[[Mapping[str, torch.nn.Module], torch.device], "Mover"]
+"""(components by name, device of the computation) -> what moves them: for a host with a memory management of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class SystemSpec:
     """What to load and how.
 
-    weights: a folder in a released layout (diffusers folders or single files). reasoner: `qwen` (the checkpoint's own MLLM),
-    `qwen:DIR` (another Qwen2.5-VL folder), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets
-    the loader choose. loras: (file, scale). variant: of Step1X single files, which their keys do not tell.
-    models_dir: ComfyUI's models folder, where it runs inside ComfyUI.
+    weights: a folder in a released layout (diffusers folders or single files). parts: in place of `weights`, where each part
+    lies. reasoner: `qwen` (the checkpoint's own MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another
+    Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file,
+    scale). variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder, where it runs
+    inside ComfyUI. make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
@@ -52,19 +56,23 @@ class SystemSpec:
     dialogue: Path | None = None
     policy: str = "reasonedit"
     dtype: str = "auto"
-    device: str = "auto"
+    device: str | torch.device = "auto"
     loras: tuple[tuple[Path, float], ...] = ()
     offload: str = "none"
     weights_dtype: str = "auto"
     variant: str = "auto"
     models_dir: Path | None = None
     seed: int = 0
+    parts: Parts | None = None
+    make_mover: MakeMover | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A loaded system. `reasoner` is None with `--reasoner none`. notes: sentences for the user; defaults: the checkpoint's
-    steps, guidance, size_level and negative prompt; pack_origin: which dialogue pack speaks, for the trace."""
+    """A loaded system. `reasoner` is None with `--reasoner none`. mover: brings components to the device. notes: sentences for
+    the user; defaults: the checkpoint's steps, guidance, size_level and negative prompt; pack_origin: which dialogue pack
+    speaks, for the trace."""
 
     name: str
     reasoner: Reasoner | None
@@ -76,6 +84,17 @@ class System:
     defaults: Mapping[str, Any]
     pack_origin: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
+    mover: Mover | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedReasoner:
+    """A reasoner without an editor. mllm, mover: None where it does not run in this process."""
+
+    reasoner: Reasoner
+    pack_origin: Mapping[str, Any]
+    mllm: QwenVL | None = None
+    mover: Mover | None = None
 
 
 def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> System:
@@ -92,8 +111,30 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
     return SYSTEMS[spec.system](spec, _Progress(on_progress))
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` -> CUDA where torch can use it, else the CPU; a named device that is not there is an error."""
+def load_reasoner(spec: SystemSpec) -> LoadedReasoner:
+    """Load only the reasoner that `spec.reasoner` names: `qwen:PATH`, `remote:URL` or `scripted:FILE`.
+
+    The weights' folder, where `reasonedit.json` and `dialogue.toml` are looked for, is that of a `qwen:PATH`.
+    """
+    kind, _, value = spec.reasoner.partition(":")
+    if kind not in ("qwen", "remote", "scripted") or not value:
+        raise ConfigError(f"expected a reasoner out of qwen:PATH, remote:URL, scripted:FILE, found {spec.reasoner!r}.")
+    root = Path(value) if kind == "qwen" else Path()
+    settings = read_settings(root, "step1x-v1.2")
+    choice = _find_pack(spec, root if kind == "qwen" else None, None)
+    if kind != "qwen":
+        return LoadedReasoner(_reasoner(spec, choice, _distant_speaker(kind, value)), _origin(choice))
+    mllm, mover = _load_speaking(spec, value, Counts())
+    return LoadedReasoner(_reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), _origin(choice), mllm, mover)
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """`auto` -> CUDA where torch can use it, else the CPU; a named device that is not there is an error.
+
+    A torch.device is taken as it is.
+    """
+    if isinstance(name, torch.device):
+        return name
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -139,7 +180,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     from .latents import KLCodec
     from .weights import load_flux_vae, load_step1x_transformer
 
-    parts = find_parts(spec.weights, STEP1X)
+    parts = spec.parts or find_parts(spec.weights, STEP1X)
     dtype, device, home = _placement(spec)
     counts = Counts()
     progress("MLLM")
@@ -153,9 +194,9 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     progress("VAE")
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
-    choice = _choose_pack(spec, parts, variant)
+    choice = _find_pack(spec, parts.root, variant)
     prompt = choice.pack.conditioning_for(variant)
-    mover = _mover(spec, device, mllm, transformer, vae)
+    mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
     conditioner = Step1XConditioner(
         mllm,
         prefix=prompt.prefix,
@@ -168,7 +209,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         conditioner,
         Step1XDenoiser(transformer, variant, counts=counts),
         KLCodec(vae),
-        _schedule(parts, flow.STEP1X),
+        read_schedule(parts, flow.STEP1X),
         geometry=Step1XGeometry(variant, settings.multiple),
         combine=flow.step1x_guidance(variant),
         default_negative="",
@@ -189,7 +230,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     from .latents import QwenCodec
     from .weights import load_qwen_transformer, load_qwen_vae
 
-    parts = find_parts(spec.weights, QWEN)
+    parts = spec.parts or find_parts(spec.weights, QWEN)
     dtype, device, home = _placement(spec)
     counts = Counts()
     plus = parts.layout.variant != "edit"  # 2509 is the base of ReasonEdit-Q, so EditPlus is what a bare file is taken for
@@ -203,8 +244,8 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     progress("VAE")
     vae, _ = load_qwen_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
-    choice = _choose_pack(spec, parts, None)
-    mover = _mover(spec, device, mllm, transformer, vae)
+    choice = _find_pack(spec, parts.root, None)
+    mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
     conditioner = QwenImageConditioner(
         mllm,
         plus=plus,
@@ -216,7 +257,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         conditioner,
         QwenImageDenoiser(transformer, counts=counts),
         QwenCodec(vae),
-        _schedule(parts, flow.QWEN),
+        read_schedule(parts, flow.QWEN),
         geometry=QwenGeometry(plus, settings.condition_area, settings.multiple),
         combine=flow.combine_qwen,
         default_negative=" ",
@@ -234,8 +275,15 @@ SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_s
 
 
 def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes) -> System:
+    defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
+    reasoner = _make_reasoner(spec, choice, mllm, settings, mover, counts)
+    parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), tuple(notes))
+    return System(spec.system, *parts, mover)
+
+
+def _origin(choice: PackChoice) -> dict[str, Any]:
     pack = choice.pack
-    origin = {
+    return {
         "origin": choice.origin,
         "name": pack.name,
         "version": pack.version,
@@ -243,57 +291,57 @@ def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, 
         "sources": [list(source) for source in pack.sources],
         "filled": list(choice.filled),
     }
-    defaults = {
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "size_level": settings.size_level,
-        "negative": None,
-    }
-    reasoner = _make_reasoner(spec, choice, mllm, settings, mover, counts)
-    return System(
-        spec.system, reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, origin, tuple(notes)
-    )
 
 
 def _make_reasoner(
     spec: SystemSpec, choice: PackChoice, mllm: QwenVL, settings: Settings, mover, counts: Counts
 ) -> Reasoner | None:
+    kind, _, value = spec.reasoner.partition(":")
+    if kind == "none" or (kind == "own" and not mllm.can_generate):
+        return None
+    if kind in ("qwen", "own"):
+        if value:
+            mllm, mover = _load_speaking(spec, value, counts)
+        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover))
+    if kind in ("remote", "scripted") and value:
+        return _reasoner(spec, choice, _distant_speaker(kind, value))
+    raise ConfigError(
+        f"expected a reasoner out of qwen, qwen:DIR, own, none, remote:URL, scripted:FILE, found {spec.reasoner!r}."
+    )
+
+
+def _reasoner(spec: SystemSpec, choice: PackChoice, speaker: Speaker) -> Reasoner:
     from .reasoners.reasoner import PackReasoner
 
-    kind, _, value = spec.reasoner.partition(":")
-    speaker: Speaker
-    if kind == "none":
-        return None
-    if kind == "qwen":
-        speaker = _qwen_speaker(spec, value, mllm, settings, mover, counts)
-    elif kind == "remote" and value:
-        from .reasoners.remote import RemoteSpeaker
-
-        speaker = RemoteSpeaker(value)
-    elif kind == "scripted" and value:
-        from .reasoners.scripted import ScriptedSpeaker
-
-        speaker = ScriptedSpeaker.from_file(value)
-    else:
-        raise ConfigError(
-            f"expected a reasoner out of qwen, qwen:DIR, none, remote:URL, scripted:FILE, found {spec.reasoner!r}."
-        )
     released = POLICIES[spec.policy].released
     return PackReasoner(choice.pack, speaker, paired=released, released=released, seed=spec.seed)
 
 
-def _qwen_speaker(spec: SystemSpec, folder: str, mllm: QwenVL, settings: Settings, mover, counts: Counts) -> Speaker:
+def _distant_speaker(kind: str, value: str) -> Speaker:
+    if kind == "remote":
+        from .reasoners.remote import RemoteSpeaker
+
+        return RemoteSpeaker(value)
+    from .reasoners.scripted import ScriptedSpeaker
+
+    return ScriptedSpeaker.from_file(value)
+
+
+def _load_speaking(spec: SystemSpec, path: str, counts: Counts) -> tuple[QwenVL, Mover]:
+    """Another MLLM than the checkpoint's own, and its mover."""
     from .mllm.load import load_mllm
-    from .offload import MovedSpeaker, make_mover
+
+    dtype, device, home = _placement(spec)
+    mllm = load_mllm(Path(path), dtype=dtype, device=home, tokenizer_path=spec.tokenizer, counts=counts)
+    return mllm, _mover(spec, device, mllm=mllm.model)
+
+
+def _qwen_speaker(mllm: QwenVL, settings: Settings, mover: Mover) -> Speaker:
+    from .offload import MovedSpeaker
     from .reasoners.qwen import QwenSpeaker
 
-    if folder:
-        dtype, device, home = _placement(spec)
-        mllm = load_mllm(Path(folder), dtype=dtype, device=home, need_lm_head=True, counts=counts)
-        mover = make_mover(spec.offload, {"mllm": mllm.model}, device)
     low, high = settings.reasoner_pixels
-    speaker = QwenSpeaker(mllm, min_pixels=low, max_pixels=high, max_side=settings.reasoner_max_side)
-    return MovedSpeaker(speaker, mover)
+    return MovedSpeaker(QwenSpeaker(mllm, min_pixels=low, max_pixels=high, max_side=settings.reasoner_max_side), mover)
 
 
 def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch.device, counts: Counts) -> QwenVL:
@@ -303,7 +351,7 @@ def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch
         parts.mllm,
         dtype=dtype,
         device=device,
-        need_lm_head=spec.reasoner == "qwen",
+        need_lm_head=spec.reasoner == "qwen" or (spec.reasoner == "own" and can_speak(parts.mllm)),
         tokenizer_path=parts.tokenizer,
         counts=counts,
     )
@@ -321,16 +369,17 @@ def _apply_loras(transformer, spec: SystemSpec) -> list[str]:
     return notes
 
 
-def _choose_pack(spec: SystemSpec, parts: Parts, variant: str | None) -> PackChoice:
+def _find_pack(spec: SystemSpec, root: Path | None, variant: str | None) -> PackChoice:
     from .dialogue.prompts import find_pack
 
-    return find_pack(explicit=spec.dialogue, weights=parts.root, models_dir=spec.models_dir, variant=variant)
+    return find_pack(explicit=spec.dialogue, weights=root, models_dir=spec.models_dir, variant=variant)
 
 
 def _placement(spec: SystemSpec) -> tuple[torch.dtype, torch.device, torch.device]:
     """(dtype, device of the computation, device the weights are loaded to)."""
     device = choose_device(spec.device)
-    return DTYPES[choose_dtype(spec.dtype, device)], device, device if spec.offload == "none" else torch.device("cpu")
+    stays = spec.offload == "none" and spec.make_mover is None
+    return DTYPES[choose_dtype(spec.dtype, device)], device, device if stays else torch.device("cpu")
 
 
 def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -338,19 +387,7 @@ def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _mover(spec: SystemSpec, device: torch.device, mllm: QwenVL, transformer, vae):
+def _mover(spec: SystemSpec, device: torch.device, **modules: torch.nn.Module) -> Mover:
     from .offload import make_mover
 
-    return make_mover(spec.offload, {"mllm": mllm.model, "dit": transformer, "vae": vae}, device)
-
-
-def _schedule(parts: Parts, default):
-    from .flow import FlowSchedule
-
-    if parts.scheduler is None:
-        return default
-    path = parts.scheduler / "scheduler_config.json"
-    try:
-        return FlowSchedule.from_config(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected the scheduler's JSON, found: {error}. Download the file again.") from error
+    return spec.make_mover(modules, device) if spec.make_mover else make_mover(spec.offload, modules, device)

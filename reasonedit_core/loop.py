@@ -154,7 +154,7 @@ def _reflect(trace: EditTrace, reasoner: Reasoner, before: float) -> EditTrace:
 def _rethink(trace: EditTrace, reasoner: Reasoner, feedback: str) -> tuple[EditTrace, bool]:
     old = trace.thought or Thought(trace.request.instruction, trace.request.instruction)
     new = reasoner.think(trace.request.image, trace.request.instruction, feedback=feedback)
-    if _plain(new.instruction) == _plain(old.instruction):
+    if plain_words(new.instruction) == plain_words(old.instruction):
         return replace(trace, earlier_thoughts=(*trace.earlier_thoughts, old)), False
     return replace(trace, thought=new, target=None, earlier_thoughts=(*trace.earlier_thoughts, old)), True
 
@@ -195,9 +195,9 @@ def _mended_step(trace: EditTrace, last: Round, policy: Policy) -> Step | Stop:
     if verdict.decision is Decision.REFINE:
         if (verdict.scores.consistency or 0.0) >= policy.accept:
             return Stop("consistent")
-        tried = {(_plain(r.instruction), r.input_index) for r in trace.rounds}
+        tried = {(plain_words(r.instruction), r.input_index) for r in trace.rounds}
         for step in _refinements(trace, last, policy):
-            if (_plain(step.instruction), step.input_index) not in tried:
+            if (plain_words(step.instruction), step.input_index) not in tried:
                 return step
         return Stop("oscillation")
     if policy.on_failed == "restart":
@@ -216,7 +216,7 @@ def _refinements(trace: EditTrace, last: Round, policy: Policy) -> list[Step]:
     steps = [merged, chained] if policy.revise == "merge" else [chained, merged]
     # What a worse round spoiled is not built upon, and an instruction that was already followed is not given again.
     worse = best_round(trace, policy) != last.index
-    repeated = _plain(second) in {_plain(r.instruction) for r in trace.rounds}
+    repeated = plain_words(second) in {plain_words(r.instruction) for r in trace.rounds}
     return [merged] if worse or repeated else steps
 
 
@@ -271,7 +271,8 @@ def _product(made: Round) -> float:
     return min(s.edit or (0.0,)) * min(s.quality or (0.0,))
 
 
-def _plain(text: str) -> str:
+def plain_words(text: str) -> str:
+    """The text without case, extra blanks and final stop: two instructions are the same when these agree."""
     return " ".join(text.casefold().split()).rstrip(".。!！")
 
 

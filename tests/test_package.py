@@ -192,8 +192,9 @@ def test_the_rules_see_what_breaks_them(tmp_path, monkeypatch, source, code, wor
 def test_root_init_imports_nothing_and_hides_nothing_from_comfyui():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     top = [type(node).__name__ for node in tree.body]
-    assert top == ["Expr", "AsyncFunctionDef"], "a docstring and comfy_entrypoint, nothing else"
-    assert tree.body[1].name == "comfy_entrypoint"
+    assert top == ["Expr", "Assign", "AsyncFunctionDef"], "a docstring, WEB_DIRECTORY and comfy_entrypoint, nothing else"
+    assert tree.body[1].targets[0].id == "WEB_DIRECTORY" and (ROOT / tree.body[1].value.value / "docs").is_dir()
+    assert tree.body[2].name == "comfy_entrypoint"
     assert not any(isinstance(node, ast.Name) and node.id == "NODE_CLASS_MAPPINGS" for node in ast.walk(tree))
 
 

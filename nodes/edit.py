@@ -1,0 +1,215 @@
+"""Edit: the generator follows an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..reasonedit_core import flow
+from ..reasonedit_core.errors import ConfigError
+from ..reasonedit_core.generator import PATCH
+from ..reasonedit_core.latents import unpack
+from ..reasonedit_core.loop import POLICIES
+from ..reasonedit_core.types import Edited, EditRequest
+from . import host
+from .host import EditedSocket, EditorSocket, io
+from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures
+from .think import MAX_SEED, policy_input
+
+
+class Preview:
+    """The core's `on_step`: one bar over several edits, and small pictures of where each step is heading.
+
+    A step's latents still hold noise. What they head for follows from two of them in a row: on the way from x(a) to x(b) the
+    velocity is their difference over b - a, and x(b) - b * velocity is the picture at noise 0.
+    """
+
+    def __init__(self, editor: EditorHandle, edits: int, steps: int) -> None:
+        self._editor, self._steps, self._done = editor, steps, 0
+        self._bar = host.StepBar(edits * steps)
+        self._show = host.previewer(editor.system)
+        self._last: torch.Tensor | None = None
+
+    def begin(self, request: EditRequest, picture: torch.Tensor, *, keep: bool = False, released: bool = False) -> None:
+        """Say which edit comes next: its sizes give the shape of the latents."""
+        plan = self._editor.expect(request, picture, keep=keep, released=released)
+        self._grid = (plan.output[1] // PATCH, plan.output[0] // PATCH)
+        self._sigmas = flow.sigmas(request.steps, self._grid[0] * self._grid[1], self._editor.generator.schedule)
+        self._last = None
+
+    def __call__(self, step: int, _steps: int, latents: torch.Tensor) -> None:
+        """After one step. latents (1, T, C)."""
+        self._done += 1
+        picture = None
+        if self._show is not None and self._last is not None:
+            before, now = float(self._sigmas[step - 1]), float(self._sigmas[step])
+            velocity = (latents.float() - self._last) / (now - before)
+            picture = self._show(unpack(latents.float() - now * velocity, *self._grid))
+        self._last = latents.float() if self._show is not None else None
+        self._bar.update(self._done, picture)
+
+
+def edit_all(
+    editor: EditorHandle,
+    image: torch.Tensor,
+    instruction: str,
+    *,
+    seed: int,
+    policy: str = "reasonedit",
+    previous: Made | None = None,
+    references: Sequence[torch.Tensor] = (),
+    preview: Callable[[EditorHandle, int, int], Preview] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **values,
+) -> Made:
+    """Edit every picture of an IMAGE, each with its own seed (seed + its index). values: steps, guidance, size, negative.
+
+    previous: what an earlier Edit made; its latents are used when `image` is its very picture. references: IMAGEs, of one
+    picture for all or of one for each.
+    """
+    rules, pictures = POLICIES[policy], to_pictures(image)
+    earlier = previous.behind(image) if previous is not None else None
+    requests = [
+        editor.request(picture, instruction, seed=seed + n, references=_references(references, n, len(pictures)), **values)
+        for n, picture in enumerate(pictures)
+    ]
+    on_step = preview(editor, len(requests), requests[0].steps) if preview else None
+    items: list[Edited] = []
+    for n, request in enumerate(requests):
+        before = earlier[n] if earlier else None
+        if on_step is not None:
+            chained = before is not None and not rules.released and before.latents is not None
+            on_step.begin(request, before.generated if chained else request.image, keep=chained, released=rules.released)
+        items.append(editor.edit(request, policy=rules, previous=before, on_step=on_step, should_stop=should_stop))
+    return Made(to_image([item.image for item in items], alpha_of(image)), tuple(items))
+
+
+def _references(images: Sequence[torch.Tensor], index: int, count: int) -> list[torch.Tensor]:
+    found = []
+    for number, image in enumerate(images, start=2):
+        pictures = to_pictures(image, f"reference_{number}")
+        if len(pictures) not in (1, count):
+            raise ConfigError(
+                f"reference_{number}: expected 1 picture or {count}, one for each picture to edit, found {len(pictures)}. Pick "
+                "one."
+            )
+        found.append(pictures[index if len(pictures) == count else 0])
+    return found
+
+
+class Edit(io.ComfyNode):
+    """Edit a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            "ReasonEdit_Edit",
+            display_name="Edit (ReasonEdit)",
+            category=host.ROOT,
+            description="Edits the picture as the instruction says, with ReasonEdit-S or ReasonEdit-Q. The result has the size "
+            "of the picture; a batch is edited one by one.",
+            inputs=[
+                EditorSocket.Input("editor", tooltip="From Load Editor."),
+                io.Image.Input("image", tooltip="The picture to edit. A fourth channel (alpha) is kept."),
+                io.String.Input(
+                    "instruction", multiline=True, default="", tooltip="What to change: Think's goal, or your words."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The noise of the first picture; the next of a batch takes seed + 1. Inside a loop: Loop Open's "
+                    "seed.",
+                ),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the checkpoint's own number."),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How strongly to follow the instruction. 0: the checkpoint's own; up to 1: no second pass, twice "
+                    "as fast.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    tooltip="Side of the square whose area is generated (1024: one megapixel). 0: the checkpoint's own. The "
+                    "result is brought back to the picture's size.",
+                ),
+                io.String.Input(
+                    "negative", default="", multiline=True, tooltip="What to stay away from. Empty: the system's own."
+                ),
+                policy_input(),
+                EditedSocket.Input(
+                    "previous",
+                    optional=True,
+                    tooltip="The output `edited` of the Edit that made this picture (inside a loop: Loop Open's). Its latents "
+                    "are used again, so that a chain of edits loses nothing to resizes and the VAE.",
+                ),
+                io.Image.Input(
+                    "reference_2", optional=True, tooltip="A second picture to refer to (Qwen-Image-Edit-2509 and -2511 only)."
+                ),
+                io.Image.Input(
+                    "reference_3", optional=True, tooltip="A third picture to refer to (Qwen-Image-Edit-2509 and -2511 only)."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("out_image", display_name="image", tooltip="The edited picture, of the size of the input."),
+                EditedSocket.Output(
+                    "edited", display_name="edited", tooltip="The same with its latents, for a further Edit or for Loop Close."
+                ),
+            ],
+            hidden=host.WHO,
+        )
+
+    @classmethod
+    def validate_inputs(cls, instruction, steps) -> bool | str:
+        """An empty text and a wrong number of steps, before the run."""
+        if isinstance(instruction, str) and not instruction.strip():
+            return "instruction: expected what to change, found an empty text. Write it, or wire Think's goal to it."
+        if isinstance(steps, int) and not 0 <= steps <= 1000:
+            return f"steps: expected 1 to 1000, or 0 for the checkpoint's own number, found {steps}. Correct it."
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        editor,
+        image,
+        instruction,
+        seed,
+        steps,
+        guidance,
+        size,
+        negative,
+        policy,
+        previous=None,
+        reference_2=None,
+        reference_3=None,
+    ) -> io.NodeOutput:
+        """Edit."""
+        with host.cancellable(cls.hidden, "Edit"):
+            made = edit_all(
+                editor,
+                image,
+                instruction,
+                seed=seed,
+                policy=policy,
+                previous=previous,
+                references=[reference for reference in (reference_2, reference_3) if reference is not None],
+                preview=Preview,
+                should_stop=host.should_stop,
+                steps=steps,
+                guidance=guidance,
+                size=size,
+                negative=negative,
+            )
+        return io.NodeOutput(made.image, made)
