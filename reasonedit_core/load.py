@@ -47,7 +47,7 @@ class SystemSpec:
     lies. reasoner: `qwen` (the checkpoint's own MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another
     Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file,
     scale). variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder, where it runs
-    inside ComfyUI. make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
+    inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
@@ -63,6 +63,7 @@ class SystemSpec:
     variant: str = "auto"
     models_dir: Path | None = None
     seed: int = 0
+    batched_cfg: bool = False
     parts: Parts | None = None
     make_mover: MakeMover | None = None
     tokenizer: Path | None = None
@@ -194,6 +195,8 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     progress("VAE")
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
+    if settings.schedule != "checkpoint":
+        raise ConfigError(f"{parts.root}: the schedule {settings.schedule!r} belongs to Qwen-Image. Remove it in reasonedit.json.")
     choice = _find_pack(spec, parts.root, variant)
     prompt = choice.pack.conditioning_for(variant)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
@@ -214,6 +217,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         combine=flow.step1x_guidance(variant),
         default_negative="",
         counts=counts,
+        batched_cfg=spec.batched_cfg,
         mover=mover,
     )
     notes = (*report.notes, *lora_notes, *([choice.warning] if choice.warning else []))
@@ -257,11 +261,12 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         conditioner,
         QwenImageDenoiser(transformer, counts=counts),
         QwenCodec(vae),
-        read_schedule(parts, flow.QWEN),
+        flow.LIGHTNING if settings.schedule == "lightning" else read_schedule(parts, flow.QWEN),
         geometry=QwenGeometry(plus, settings.condition_area, settings.multiple),
         combine=flow.combine_qwen,
         default_negative=" ",
         counts=counts,
+        batched_cfg=spec.batched_cfg,
         mover=mover,
     )
     progress.end()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,7 +25,8 @@ class Settings(BaseModel):
     conditioner_pixels: pictures that condition the denoiser; reasoner_pixels, reasoner_max_side: pictures that the reasoner
     looks at (long side shrunk first); condition_area: area of a Qwen-Image EditPlus condition picture; size_level: square
     root of the generated area; multiple: what a generated side is a multiple of; dropped_tokens: leading tokens cut from
-    the conditioning (None: what the dialogue pack says).
+    the conditioning (None: what the dialogue pack says). schedule: `lightning` for a Qwen-Image checkpoint that a Lightning
+    LoRA distilled (guidance 1, 4 or 8 steps); `checkpoint` for the scheduler's own configuration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,7 @@ class Settings(BaseModel):
     reasoner_max_side: int | None = Field(1024, ge=28)
     condition_area: int = Field(384 * 384, ge=_CELL)
     dropped_tokens: int | None = Field(None, ge=0)
+    schedule: Literal["checkpoint", "lightning"] = "checkpoint"
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
