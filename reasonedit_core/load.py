@@ -196,7 +196,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
     if settings.schedule != "checkpoint":
-        raise ConfigError(f"{parts.root}: the schedule {settings.schedule!r} belongs to Qwen-Image. Remove it in reasonedit.json.")
+        raise ConfigError(f"{parts.root}: schedule {settings.schedule!r} belongs to Qwen-Image. Remove it in reasonedit.json.")
     choice = _find_pack(spec, parts.root, variant)
     prompt = choice.pack.conditioning_for(variant)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
