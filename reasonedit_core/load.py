@@ -47,7 +47,8 @@ class SystemSpec:
     lies. reasoner: `qwen` (the checkpoint's own MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another
     Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file,
     scale). variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder, where it runs
-    inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
+    inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights are then loaded
+    to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
