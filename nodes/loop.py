@@ -71,7 +71,9 @@ class LoopOpen(io.ComfyNode):
                 ),
             ],
             outputs=[
-                host.FlowSocket.Output("flow", tooltip="To Loop Close. Only marks where the round starts."),
+                host.FlowSocket.Output(
+                    "flow", display_name="flow", tooltip="To Loop Close. Only marks where the round starts."
+                ),
                 io.Image.Output("o_image", display_name="image", tooltip="The picture to edit in this round."),
                 io.String.Output(
                     "o_instruction", display_name="instruction", tooltip="The instruction of this round; yours in round 1."
@@ -79,7 +81,7 @@ class LoopOpen(io.ComfyNode):
                 host.HistorySocket.Output(
                     "o_history", display_name="history", tooltip="The finished rounds. To Loop Close, and to Think and Reflect."
                 ),
-                io.Int.Output("round", tooltip="Number of finished rounds: 0 in the first round."),
+                io.Int.Output("round", display_name="round", tooltip="Number of finished rounds: 0 in the first round."),
                 io.Int.Output("o_seed", display_name="seed", tooltip="seed + round. To Edit."),
                 host.EditedSocket.Output(
                     "o_previous",

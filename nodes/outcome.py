@@ -81,9 +81,9 @@ def result_outputs() -> list[Any]:
     """The outputs of a finished loop, alike on Loop Close and on the auto loop. They may only be appended to."""
     return [
         io.Image.Output("o_image", display_name="image", tooltip="The picture that was picked."),
-        io.Image.Output("all_rounds", tooltip="The pictures of all rounds, as one batch."),
-        io.Int.Output("rounds", tooltip="How many rounds were made."),
-        io.String.Output("report", tooltip="One line per round, and why the loop ended."),
+        io.Image.Output("all_rounds", display_name="all_rounds", tooltip="The pictures of all rounds, as one batch."),
+        io.Int.Output("rounds", display_name="rounds", tooltip="How many rounds were made."),
+        io.String.Output("report", display_name="report", tooltip="One line per round, and why the loop ended."),
         host.HistorySocket.Output("o_history", display_name="history", tooltip="All rounds, to be shown, saved or continued."),
     ]
 
