@@ -20,7 +20,8 @@ from .edit import Preview
 from .host import io
 from .outcome import all_rounds, picked, policy_of, report_of, result_outputs, settings_inputs
 from .sockets import EditorHandle, History, HistoryRound, ReasonerHandle, Verdict, alpha_of, to_image, to_picture
-from .think import MAX_SEED, require
+from .think import require
+from .widgets import generation_inputs, no_text, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -124,34 +125,8 @@ class AutoLoop(io.ComfyNode):
                 host.EditorSocket.Input("editor", tooltip="From Load Editor."),
                 io.Image.Input("image", tooltip="The picture to edit. One picture; a fourth channel (alpha) is kept."),
                 io.String.Input("instruction", multiline=True, default="", tooltip="What you want, in your own words."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise of the first round; every further round adds one.",
-                ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the checkpoint's own number."),
-                io.Float.Input(
-                    "guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How strongly to follow the instruction. 0: the checkpoint's own; up to 1: no second pass.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    tooltip="Side of the square whose area is generated. 0: the checkpoint's own.",
-                ),
-                io.String.Input(
-                    "negative", default="", multiline=True, tooltip="What to stay away from. Empty: the system's own."
-                ),
+                seed_input("The noise of the first round; every further round adds one."),
+                *generation_inputs(),
                 io.Boolean.Input("think", default=True, tooltip="Think about the instruction first. Needs a reasoner."),
                 io.Boolean.Input(
                     "reflect", default=True, tooltip="Judge each result; without it one edit is made. Needs a reasoner."
@@ -172,9 +147,7 @@ class AutoLoop(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, instruction) -> bool | str:
         """An empty text, before the run. A linked text is not known yet."""
-        if isinstance(instruction, str) and not instruction.strip():
-            return "instruction: expected what to change, found an empty text. Write it, or wire a text to it."
-        return True
+        return no_text("instruction", instruction, "what to change", "Write it, or wire a text to it.")
 
     @classmethod
     def execute(

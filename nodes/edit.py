@@ -15,7 +15,7 @@ from ..reasonedit_core.types import Edited, EditRequest
 from . import host
 from .host import EditedSocket, EditorSocket, io
 from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures
-from .think import MAX_SEED, policy_input
+from .widgets import generation_inputs, policy_input, seed_input
 
 
 class Preview:
@@ -116,37 +116,10 @@ class Edit(io.ComfyNode):
                 io.String.Input(
                     "instruction", multiline=True, default="", tooltip="What to change: Think's goal, or your words."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise of the first picture; the next of a batch takes seed + 1. Inside a loop: Loop Open's "
-                    "seed.",
+                seed_input(
+                    "The noise of the first picture; the next of a batch takes seed + 1. Inside a loop: Loop Open's seed."
                 ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the checkpoint's own number."),
-                io.Float.Input(
-                    "guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How strongly to follow the instruction. 0: the checkpoint's own; up to 1: no second pass, twice "
-                    "as fast.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=16,
-                    tooltip="Side of the square whose area is generated (1024: one megapixel). 0: the checkpoint's own. The "
-                    "result is brought back to the picture's size.",
-                ),
-                io.String.Input(
-                    "negative", default="", multiline=True, tooltip="What to stay away from. Empty: the system's own."
-                ),
+                *generation_inputs(),
                 policy_input(),
                 EditedSocket.Input(
                     "previous",

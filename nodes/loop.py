@@ -25,6 +25,7 @@ from . import expand, host
 from .host import io
 from .outcome import ROUNDS_MAX, all_rounds, picked, policy_of, report_of, result_outputs, settings_inputs
 from .sockets import History, HistoryRound, Made, Verdict, alpha_of, foreign, to_image, to_picture, trace_of
+from .widgets import no_text, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +56,7 @@ class LoopOpen(io.ComfyNode):
                 io.String.Input(
                     "instruction", multiline=True, default="", tooltip="What to change, in your own words, or Think's result."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the first round; every further round adds one. To Edit, by the output of that name.",
-                ),
+                seed_input("Seed of the first round; every further round adds one. To Edit, by the output of that name."),
                 host.HistorySocket.Input(
                     "history", optional=True, tooltip="Rounds of an earlier run, to be continued. Leave open for a new run."
                 ),
@@ -95,9 +89,7 @@ class LoopOpen(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, instruction) -> bool | str:
         """An empty text, before the run. A linked text is not known yet."""
-        if isinstance(instruction, str) and not instruction.strip():
-            return "instruction: expected what to change, found an empty text. Write it, or wire a text to it."
-        return True
+        return no_text("instruction", instruction, "what to change", "Write it, or wire a text to it.")
 
     @classmethod
     def execute(cls, image, instruction, seed, history: History = (), previous: Made | None = None) -> io.NodeOutput:

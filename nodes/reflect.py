@@ -13,7 +13,8 @@ from ..reasonedit_core.types import Reflection
 from . import host
 from .host import HistorySocket, ReasonerSocket, VerdictSocket, io
 from .sockets import History, ReasonerHandle, Verdict, to_picture
-from .think import MAX_SEED, policy_input, require
+from .think import require
+from .widgets import no_text, policy_input, seed_input
 
 
 def judge(
@@ -90,14 +91,7 @@ class Reflect(io.ComfyNode):
                 io.String.Input(
                     "goal", multiline=True, default="", tooltip="What should be seen: Think's goal, or your instruction."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="Counts where the dialogue samples. Inside a loop leave it the same in all rounds.",
-                ),
+                seed_input("Counts where the dialogue samples. Inside a loop leave it the same in all rounds."),
                 policy_input(),
                 io.String.Input(
                     "original",
@@ -139,9 +133,7 @@ class Reflect(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, goal) -> bool | str:
         """An empty goal, before the run. A linked text is not known yet."""
-        if isinstance(goal, str) and not goal.strip():
-            return "goal: expected what should be seen, found an empty text. Write it, or wire Think's goal to it."
-        return True
+        return no_text("goal", goal, "what should be seen", "Write it, or wire Think's goal to it.")
 
     @classmethod
     def execute(cls, reasoner, source, edited, goal, seed, policy, original="", target="", history=None) -> io.NodeOutput:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..reasonedit_core.errors import ConfigError
-from ..reasonedit_core.loop import POLICIES
 from ..reasonedit_core.types import Thought
 from . import host
 from .host import HistorySocket, ReasonerSocket, io
 from .sockets import History, ReasonerHandle, to_picture
-
-MAX_SEED = 2**64 - 1
+from .widgets import no_text, policy_input, seed_input
 
 
 def require(reasoner: ReasonerHandle | None) -> ReasonerHandle:
@@ -22,16 +20,6 @@ def require(reasoner: ReasonerHandle | None) -> ReasonerHandle:
             "node, or load a text encoder with lm_head."
         )
     return reasoner
-
-
-def policy_input() -> io.Combo.Input:
-    """Which of the two policies a node follows, in the words of every node that has one."""
-    return io.Combo.Input(
-        "policy",
-        list(POLICIES),
-        default="reasonedit",
-        tooltip="reasonedit is ours; released repeats what the released Step1X-Edit v1p2 code does. Use one in a whole graph.",
-    )
 
 
 def think_again(reasoner: ReasonerHandle, image: torch.Tensor, instruction: str, history: History, **run) -> Thought | None:
@@ -71,14 +59,7 @@ class Think(io.ComfyNode):
                     default="",
                     tooltip="What you want, in your own words. Inside a loop: the instruction of Loop Open.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="Counts where the dialogue samples: most questions are answered greedily.",
-                ),
+                seed_input("Counts where the dialogue samples: most questions are answered greedily."),
                 policy_input(),
                 HistorySocket.Input(
                     "history",
@@ -99,9 +80,7 @@ class Think(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, instruction) -> bool | str:
         """An empty text, before the run. A linked text is not known yet."""
-        if isinstance(instruction, str) and not instruction.strip():
-            return "instruction: expected what to change, found an empty text. Write it, or wire a text to it."
-        return True
+        return no_text("instruction", instruction, "what to change", "Write it, or wire a text to it.")
 
     @classmethod
     def execute(cls, reasoner, image, instruction, seed, policy, history=None) -> io.NodeOutput:

@@ -16,7 +16,7 @@ from .folders import fingerprint
 from .host import HistorySocket, io, ui
 from .reflect import words
 from .sockets import History, alpha_of, to_image, to_picture, trace_of
-from .think import policy_input
+from .widgets import policy_input
 
 
 def finished(history: History, policy: str) -> EditTrace:

@@ -1,0 +1,57 @@
+"""Inputs that several nodes share, in the same words and with the same limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..reasonedit_core.loop import POLICIES
+from .host import io
+
+MAX_SEED = 2**64 - 1
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    """A seed that the frontend can step after each run."""
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
+
+
+def policy_input() -> io.Combo.Input:
+    """Which of the two policies a node follows."""
+    return io.Combo.Input(
+        "policy",
+        list(POLICIES),
+        default="reasonedit",
+        tooltip="reasonedit is ours; released repeats what the released Step1X-Edit v1p2 code does. Use one in a whole graph.",
+    )
+
+
+def generation_inputs() -> list[Any]:
+    """How a picture is generated: steps, guidance, size, negative. 0 and the empty text stand for the checkpoint's own."""
+    return [
+        io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the checkpoint's own number."),
+        io.Float.Input(
+            "guidance",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="How strongly to follow the instruction. 0: the checkpoint's own; up to 1: no second pass, twice as fast.",
+        ),
+        io.Int.Input(
+            "size",
+            default=0,
+            min=0,
+            max=8192,
+            step=16,
+            tooltip="Side of the square whose area is generated (1024: one megapixel). 0: the checkpoint's own. The result is "
+            "brought back to the picture's size.",
+        ),
+        io.String.Input("negative", default="", multiline=True, tooltip="What to stay away from. Empty: the system's own."),
+    ]
+
+
+def no_text(name: str, value: Any, expected: str, remedy: str) -> bool | str:
+    """The answer of `validate_inputs` for a text: a sentence when it is empty. A linked text is not known yet (None)."""
+    if isinstance(value, str) and not value.strip():
+        return f"{name}: expected {expected}, found an empty text. {remedy}"
+    return True
