@@ -120,11 +120,14 @@ def test_fp32_equals_the_released_transformer(layout, mapping):
 
 @torch.no_grad()
 def test_large_activations_equal_the_released_transformer():
-    """Small ones cannot tell the tanh form of GELU from the exact one."""
+    """Small ones cannot tell the tanh form of GELU from the exact one, which moves these by 5e-4.
+
+    CPUs sum in different orders: against float64 the golden is off by 5e-5, and another CPU's result by 1e-5.
+    """
     model = recipe.randomise(make(mapping=True), std=recipe.STRONG)
     expected = golden()["dit/fp32/strong"]
     assert expected.std() > 1
-    torch.testing.assert_close(model(**case("v1.2", 11)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**case("v1.2", 11)), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("mapping", [False, True], ids=["plain", "mapping"])
