@@ -140,7 +140,7 @@ def _check_finite(latents: torch.Tensor, step: int, steps: int) -> None:
         raise ReasonEditError(
             f"After denoising step {step} of {steps}, {bad} of {latents.numel()} latent values are NaN or infinite "
             f"({str(latents.dtype).removeprefix('torch.')} on {latents.device.type}); the picture would be black. Usual "
-            "causes: float16 overflow (use --dtype bfloat16 or float32), an attention backend that does not suit the card "
+            "causes: float16 overflow (load with dtype bfloat16 or float32), an attention backend that does not suit the card "
             "(`reasonedit doctor` names it), or damaged weights."
         )
 

@@ -82,7 +82,7 @@ class Step1XGeometry:
         if len(sizes) > 1:
             raise ConfigError(
                 f"ReasonEdit-S (Step1X-Edit) edits one picture and takes no references, found {len(sizes) - 1}. "
-                "Leave them out, or use --system reasonedit-q with a Qwen-Image-Edit-2509 or -2511 checkpoint."
+                "Leave them out, or take ReasonEdit-Q with a Qwen-Image-Edit-2509 or -2511 checkpoint."
             )
         size = sizes[0] if keep else images.step1x_size(*sizes[0], level, self.multiple)
         return Plan(size, (size,), (size,))

@@ -310,7 +310,7 @@ def _take_lm_head(state: dict[str, torch.Tensor], config: Any, need: bool, sourc
         raise CheckpointError(
             f"{source}: expected lm_head.weight, which reasoning needs, found a text encoder without it. Use a file that "
             "holds it (the Qwen2.5-VL-7B-Instruct folder, the text_encoder/ of Step1X-Edit v1p2, a ComfyUI file with "
-            "lm_head), or edit with --reasoner none or remote:URL."
+            "lm_head), or let another reasoner think and reflect (--reasoner none or remote:URL; in ComfyUI, Load Reasoner)."
         )
     if not need:
         config.tie_word_embeddings = False
