@@ -21,7 +21,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from PIL import Image
 
 from ..reasonedit_core.errors import Interrupted
-from . import expand, sockets
+from . import expand, sockets, streaming
 
 __all__ = ["ROOT", "ComfyExtension", "io", "ui"]
 
@@ -50,21 +50,29 @@ TEXT_EVERY = 0.25
 # ---- devices and memory --------------------------------------------------------------------------------------------------
 
 
-class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher of plain layers: they have no cast hooks, so a part of them must never stay behind on another device.
+class ComponentPatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher whose layers with cast hooks may stay behind, to be brought over call by call; all others never do.
 
-    on_unload: called when the model leaves the device, for what others keep there on its behalf.
+    ComfyUI's own patcher takes a budget and leaves whatever does not fit where it is, which is right only for layers that
+    can cast. Here the rest (norms, embeddings, convolutions, buffers) is put on the device whatever the budget says, and
+    the budget is what remains. on_unload: called when the model leaves the device, for what others keep there on its behalf.
     """
 
     on_unload: Callable[[], None] | None = None
 
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        """Load all of it, whatever budget the manager gives (--novram gives next to none)."""
-        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load=True)
+    def _load_list(self, *args, **kwargs):
+        """The layers that the manager may load or leave. A row ends with the layer and the names of its parameters."""
+        return [row for row in super()._load_list(*args, **kwargs) if streaming.streams(row[-2])]
 
-    def partially_unload(self, *_args, **_kwargs) -> int:
-        """Frees nothing, upon which the manager unloads the whole model."""
-        return 0
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        """Load what the budget allows, and what must not stay behind."""
+        resident = streaming.resident_bytes(self.model)
+        if not full_load:
+            lowvram_model_memory = max(lowvram_model_memory - resident, 1)
+        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load=full_load)
+        if not full_load:
+            streaming.settle(self.model, device_to)
+            self.model.model_loaded_weight_memory += resident
 
     def detach(self, unpatch_all=True):
         """Leave the device."""
@@ -74,15 +82,22 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
         return model
 
 
-def make_patcher(component: str, holder: torch.nn.Module, device: torch.device) -> WholePatcher:
-    """The patcher of one component. Its weights are on the CPU and go to `device`."""
+def make_patcher(component: str, holder: torch.nn.Module, device: torch.device) -> ComponentPatcher:
+    """The patcher of one component. Its weights are on the CPU and go to `device`; its Linears may be streamed."""
+    import comfy.ops
+
+    if component != "vae":
+        streaming.make_streamable(holder, comfy.ops.disable_weight_init.Linear)
     offload = {"mllm": mm.text_encoder_offload_device, "dit": mm.unet_offload_device, "vae": mm.vae_offload_device}
-    return WholePatcher(holder, load_device=device, offload_device=offload[component]())
+    return ComponentPatcher(holder, load_device=device, offload_device=offload[component]())
 
 
-def load(patcher: WholePatcher, memory_required: int) -> None:
-    """Bring a component to its device, with room for `memory_required` bytes beside it."""
-    mm.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
+def load(patcher: ComponentPatcher, memory_required: int) -> None:
+    """Bring a component to its device, with room for `memory_required` bytes beside it.
+
+    Where it does not fit (or under --lowvram, --novram) a part of its Linears stays behind and is streamed.
+    """
+    mm.load_models_gpu([patcher], memory_required=memory_required)
 
 
 def compute_device() -> torch.device:

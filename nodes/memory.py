@@ -2,7 +2,8 @@
 
 The core asks a mover to bring a component (`mllm`, `dit`, `vae`) to the device. Here that is ComfyUI's model manager: it makes
 room by unloading what was used longest ago, ours or another pack's, so flags such as --lowvram or --reserve-vram and the
-/free route work on these weights by themselves. A component is loaded whole or not at all: plain layers cannot be streamed.
+/free route work on these weights by themselves. The Linears of MLLM and DiT, which are nearly all of their weights, can stay
+behind where a component does not fit, and are then brought over call by call (`streaming.py`).
 
 The estimates say what a component needs beside its weights. They are upper bounds from the shapes of the networks, so that
 two components stay side by side when they fit.
