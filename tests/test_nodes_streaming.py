@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,12 @@ def test_only_layers_with_hooks_stay_behind():
     assert streaming.resident_bytes(net) == resident
     net.to("meta")
     settled = []
+
+    def note(name, _fn, recurse=True):
+        settled.append((name, recurse))
+
     for layer in net.modules():
-        layer._apply = lambda fn, recurse=True, name=type(layer).__name__: settled.append((name, recurse))
+        layer._apply = partial(note, type(layer).__name__)
     streaming.settle(net, torch.device("cpu"))
     assert sorted(settled) == [("Embedding", False), ("LayerNorm", False), ("Linear", False), ("Net", False)]
 
