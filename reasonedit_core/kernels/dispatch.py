@@ -1,6 +1,7 @@
 """One door to attention: `attention(q, k, v, mask)` picks a backend and never drops what it was given.
 
-B batch, T queries, S keys, H heads, Hk key heads (H is a multiple of Hk), D head dim.
+B batch, T queries, S keys, H heads, Hk key heads (H is a multiple of Hk), D head dim. A mask is a bool tensor, or the
+`PackMask` of a pack of documents, from which every backend takes the form it works with.
 
 Order of choice: the host's callable (ComfyUI's attention, when a node hands one in), else the backend the caller
 named, else the first row of `BACKENDS` that is available and takes the call. A backend says in words why it cannot
@@ -17,12 +18,14 @@ from functools import lru_cache
 import torch
 
 from ..errors import BackendUnavailable, ConfigError
-from . import reference, sdpa
+from ..packing import PackMask
+from . import flex, reference, sdpa, varlen
+from .mask import Mask, as_tensor
 
 log = logging.getLogger(__name__)
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(q (B, T, H, D), k (B, S, Hk, D), v (B, S, Hk, D), mask | None) -> (B, T, H, D). A host's callable has it too."""
+"""(q (B, T, H, D), k (B, S, Hk, D), v (B, S, Hk, D), mask | None) -> (B, T, H, D). What a host's callable looks like."""
 
 
 class Refused(BackendUnavailable):
@@ -33,25 +36,26 @@ class Refused(BackendUnavailable):
 class Backend:
     """One way to compute attention.
 
-    available: None, or why it cannot run on that device; costly probes remember their answer. supports: None, or why
-    this very call cannot run; it may look at shapes, dtypes and devices, never at values. about: one line for
-    `explain`.
+    supports: None, or why this very call cannot run; it may look at the kind of mask, shapes, dtypes and devices, never
+    at values, and is asked first. available: None, or why it cannot run on that device; costly probes remember their
+    answer. about: one line for `explain`. packs_only: it takes no call but that of a pack of documents.
     """
 
     name: str
     available: Callable[[torch.device], str | None]
-    supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], str | None]
-    run: Run
+    supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], str | None]
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], torch.Tensor]
     about: str = ""
+    packs_only: bool = False
 
-    def refusal(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> str | None:
+    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> str | None:
         """None when this call can run, else the reason."""
-        return self.available(q.device) or self.supports(q, k, v, mask)
+        return self.supports(q, k, v, mask) or self.available(q.device)
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("varlen", varlen.available, varlen.supports, varlen.run, "torch varlen attention, for packs", packs_only=True),
+    Backend("flex", flex.available, flex.supports, flex.run, "torch FlexAttention, for packs", packs_only=True),
     Backend("sdpa", sdpa.available, sdpa.supports, sdpa.run, "torch scaled_dot_product_attention"),
     Backend("reference", reference.available, reference.supports, reference.run, "plain torch in fp32, slow"),
 )
@@ -62,30 +66,28 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: Mask = None,
     *,
     host: Run | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q: (B, T, H, D); k, v: (B, S, Hk, D); mask: bool, True where a query may see a key, broadcastable to (B, H, T, S)
-    -> (B, T, H, D). A query that may see no key gets zeros. host: tried first; it computes the call or raises
-    `Refused`. backend: "auto" or a name of `BACKENDS`.
+    q: (B, T, H, D); k, v: (B, S, Hk, D); mask: bool, True where a query may see a key, broadcastable to (B, H, T, S),
+    or a PackMask of T = S tokens on the device of q -> (B, T, H, D). A query that may see no key gets zeros. host: tried
+    first, with the mask as a tensor; it computes the call or raises `Refused`. backend: "auto" or a name of `BACKENDS`.
     """
     _check(q, k, v, mask)
     if host is not None:
         try:
-            return host(q, k, v, mask)
+            return host(q, k, v, as_tensor(mask))
         except Refused as refusal:
             if not torch.compiler.is_compiling():
                 _log_once(f"the host's attention refused a call ({refusal}); our own backends take it")
     return select(backend, q, k, v, mask).run(q, k, v, mask)
 
 
-def select(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> Backend:
+def select(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> Backend:
     """The backend that computes this call: the named one, or for "auto" the first that can."""
     if name != "auto":
         chosen = _named(name)
@@ -110,8 +112,11 @@ def explain(device: torch.device | str = "cpu") -> str:
     """Which backend `auto` would take on `device`, and what each one says of itself: text for `reasonedit doctor`."""
     device = torch.device(device)
     reasons = {backend.name: backend.available(device) for backend in BACKENDS}
-    first = next((name for name, reason in reasons.items() if reason is None), None)
+    able = [backend for backend in BACKENDS if reasons[backend.name] is None]
+    first = next((backend.name for backend in able if not backend.packs_only), None)
     lines = [f"attention on {device}: " + (f"{first} would run" if first else "no backend can run")]
+    if able and able[0].packs_only:
+        lines[0] += f", {able[0].name} where documents are packed"
     for backend in BACKENDS:
         reason = reasons[backend.name]
         lines.append(f"  {backend.name}: {'available' if reason is None else reason} ({backend.about})")
@@ -136,7 +141,7 @@ def _named(name: str) -> Backend:
     raise ConfigError(f"attention backend {name!r} is not known. Choose 'auto' or one of {_names()}.")
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> None:
     """Refuse what a backend could misread in silence: a float mask, heads that do not divide, keys unlike values."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ConfigError(
@@ -149,6 +154,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     if mask is None:
+        return
+    if isinstance(mask, PackMask):
+        if q.shape[1] != len(mask.doc_id) or k.shape[1] != len(mask.doc_id) or mask.doc_id.device != q.device:
+            raise ConfigError(
+                f"a PackMask of {len(mask.doc_id)} tokens on {mask.doc_id.device} takes as many queries and keys on its "
+                f"device, got {q.shape[1]} and {k.shape[1]} on {q.device}."
+            )
         return
     if mask.dtype != torch.bool:
         raise ConfigError(f"an attention mask is bool, True where a query may see a key; got {mask.dtype}.")

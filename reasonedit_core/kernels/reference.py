@@ -1,11 +1,13 @@
 """The obviously right attention: plain torch, one line per step of the formula. Other backends are tested against it.
 
-Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S).
+Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S) or PackMask.
 """
 
 from __future__ import annotations
 
 import torch
+
+from .mask import Mask, as_tensor
 
 
 def available(device: torch.device) -> str | None:
@@ -13,16 +15,17 @@ def available(device: torch.device) -> str | None:
     return None
 
 
-def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> str | None:
     """Always None: the reference takes every call that passed the checks of the dispatch."""
     return None
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, accumulated in fp32 or better -> (B, T, H, D) in q's dtype.
 
     A query that may see no key gets zeros, not NaN: rows of padding must not poison the sum of a gradient.
     """
+    mask = as_tensor(mask)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))

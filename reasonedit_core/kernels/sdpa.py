@@ -1,6 +1,6 @@
 """Attention by torch's `scaled_dot_product_attention`, which picks a cuDNN, flash, memory-efficient or plain kernel.
 
-Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S).
+Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S) or PackMask.
 """
 
 from __future__ import annotations
@@ -9,22 +9,25 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from .mask import Mask, as_tensor
+
 
 def available(device: torch.device) -> str | None:
     """Always None: SDPA is part of torch and has a plain fallback on every device."""
     return None
 
 
-def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> str | None:
     """None, or the reason why this call cannot run."""
     if not q.is_floating_point():
         return f"it takes floating-point queries, got {q.dtype}"
     return None
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """Attention -> (B, T, H, D) in q's dtype."""
     q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
+    mask = as_tensor(mask)
     group = q.shape[1] // k.shape[1]
     if group > 1 and mask is not None:
         # Flash takes no mask and the memory-efficient kernel no groups: a grouped call with a mask would fall to the

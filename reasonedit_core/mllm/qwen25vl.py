@@ -264,8 +264,8 @@ class QwenVL:
         if not self.can_generate:
             raise CheckpointError(
                 "the MLLM was loaded without lm_head.weight, which reasoning needs. Use a file or folder that holds it (a "
-                "Qwen2.5-VL folder, the text_encoder/ of Step1X-Edit v1p2, a ComfyUI text encoder with lm_head), or let another "
-                "reasoner think and reflect (--reasoner none or remote:URL; in ComfyUI, Load Reasoner)."
+                "Qwen2.5-VL folder, the text_encoder/ of Step1X-Edit v1p2, a ComfyUI text encoder with lm_head), or let "
+                "another reasoner think and reflect (--reasoner none or remote:URL; in ComfyUI, Load Reasoner)."
             )
 
 
