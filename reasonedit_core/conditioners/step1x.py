@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ConfigError
+from ..mllm.vision import preprocess
 from ..types import Conditioning
+from .document import CondDocument, unseen
 
 if TYPE_CHECKING:
     from ..mllm.qwen25vl import QwenVL, VisionFeatures
@@ -56,6 +58,9 @@ class _Rules:
     head: int
 
 
+BLANK = 1024
+"""Side in pixels of the black picture that stands where a text to image prompt has none."""
+
 RULES = {
     "v1.0": _Rules(budget=640, max_pixels=324 * CELL**2, dropped=217, head=218),
     "v1.1": _Rules(budget=640, max_pixels=324 * CELL**2, dropped=217, head=218),
@@ -68,7 +73,8 @@ class Step1XConditioner:
 
     prefix: the text that introduces the instruction, from the dialogue pack. dropped_tokens: leading tokens whose states are
     cut, a constant that belongs to prefix and weights; None cuts the chat template's head and the prefix. min_pixels,
-    max_pixels: bounds on the picture that the MLLM sees. budget: most tokens kept; None: the released number.
+    max_pixels: bounds on the picture that the MLLM sees. budget: most tokens kept; None: the released number. blank: side of
+    the black picture that is shown where there is none (text to image); the release has 1024 whatever is generated.
     """
 
     def __init__(
@@ -81,13 +87,14 @@ class Step1XConditioner:
         min_pixels: int = 256 * CELL**2,
         max_pixels: int | None = None,
         budget: int | None = None,
+        blank: int = BLANK,
     ) -> None:
         if variant not in RULES:
             raise ConfigError(f"expected a Step1X-Edit variant out of {', '.join(RULES)}, found {variant!r}")
         rules = RULES[variant]
         self.mllm, self.prefix, self.variant = mllm, prefix, variant
         self.min_pixels, self.max_pixels = min_pixels, max_pixels or rules.max_pixels
-        self.budget = budget or rules.budget
+        self.budget, self.blank = budget or rules.budget, blank
         self._vision_end = mllm.tokenize("<|vision_end|>")[0]
         specials = {str(token) for token in mllm.tokenizer.added_tokens_decoder.values()}
         self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
@@ -105,7 +112,7 @@ class Step1XConditioner:
 
     def condition(
         self,
-        image: torch.Tensor,
+        image: torch.Tensor | None,
         instruction: str,
         *,
         grid: tuple[int, int] | None = None,
@@ -114,18 +121,29 @@ class Step1XConditioner:
     ) -> Conditioning:
         """image (1, 3, h, w) in 0..1, already at the generated size; the positions of v1.2 are counted in its pixels.
 
-        grid is not needed (it follows from image). released: the quirks of the released code, else they are mended:
-        tokens with id 0 (a lone `!`) lose their place in the sequence; in v1.0 and v1.1 every apostrophe is a quote.
+        None: text to image, for which these systems are shown a black picture. grid is not needed (it follows from image).
+        released: the quirks of the released code, else they are mended: tokens with id 0 (a lone `!`) lose their place in
+        the sequence; in v1.0 and v1.1 every apostrophe is a quote.
         """
-        if references:
-            raise ConfigError(f"ReasonEdit-S (Step1X-Edit) takes no reference pictures, found {len(references)}.")
-        for token in RESERVED:
-            if token in instruction:
-                raise ConfigError(f"the instruction contains the control token {token}; remove it")
-        features = self.mllm.vision(image, min_pixels=self.min_pixels, max_pixels=self.max_pixels, snap=self.variant != "v1.2")
-        if self.variant == "v1.2":
-            return self._condition_v12(instruction, features, (image.shape[-2], image.shape[-1]), released)
-        return self._condition_v1x(instruction, features, released)
+        image = self._seen(image, instruction, references)
+        features = self.mllm.vision(image, **self._bounds())
+        document = self._document(instruction, features, image, released)
+        embeds = self.mllm.embed(document.ids.tolist(), [features])
+        states = self.mllm.states(embeds, document.positions[:, None], shown=document.shown)
+        return self._conditioning(document, embeds[:, document.kept], states[:, document.kept])
+
+    def document(
+        self,
+        image: torch.Tensor | None,
+        instruction: str,
+        *,
+        references: Sequence[torch.Tensor] = (),
+        released: bool = False,
+    ) -> CondDocument:
+        """What `condition` hands to the MLLM, for the same arguments. Runs no network and needs no weights."""
+        image = self._seen(image, instruction, references)
+        patches = preprocess(image, **self._bounds())
+        return replace(self._document(instruction, unseen(patches), image, released), patches=(patches,))
 
     def token_ids(self, instruction: str, *, released: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of the whole prompt, one placeholder for the picture, and which ids are quoted characters."""
@@ -161,24 +179,6 @@ class Step1XConditioner:
                 pieces += split_at(part, quotes_v12(part, begin))
         return [piece for piece in pieces if piece[0]]
 
-    def _condition_v12(self, instruction: str, features: VisionFeatures, size: tuple[int, int], released: bool) -> Conditioning:
-        ids, quoted = self.token_ids(instruction, released=released)
-        embeds = self.mllm.embed(ids, [features])
-        hidden = [token == 0 for token in ids] if released else None
-        positions = self.mllm.positions(ids, [features], masked=hidden)
-        states = self.mllm.states(embeds, positions)
-        kept = self._kept(states.shape[1])
-        at, n_tokens = ids.index(self.mllm.image_token_id), len(features.tokens)
-        text_mask = torch.tensor(quoted[:at] + [False] * n_tokens + quoted[at + 1 :])
-        is_picture = torch.zeros(len(text_mask), dtype=torch.bool)
-        is_picture[at : at + n_tokens] = True
-        return Conditioning(
-            tokens=states[:, kept],
-            positions=text_positions(positions[0, 0, kept], is_picture[kept], features, size).to(states.device),
-            text_embeds=embeds[:, kept],
-            text_mask=text_mask[None, kept].to(states.device),
-        )
-
     # v1.0 and v1.1
 
     def _token_ids_v1x(self, text: str, released: bool) -> list[int]:
@@ -205,17 +205,46 @@ class Step1XConditioner:
             )
         return whole[: whole.index(self._vision_end)] + pieces[pieces.index(self._vision_end) :]
 
-    def _condition_v1x(self, instruction: str, features: VisionFeatures, released: bool) -> Conditioning:
-        ids, _ = self.token_ids(instruction, released=released)
-        embeds = self.mllm.embed(ids, [features])
+    # both
+
+    def _seen(self, image: torch.Tensor | None, instruction: str, references: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The picture that the MLLM is shown; refuses what this system cannot take."""
+        if references:
+            raise ConfigError(f"ReasonEdit-S (Step1X-Edit) takes no reference pictures, found {len(references)}.")
+        for token in RESERVED:
+            if token in instruction:
+                raise ConfigError(f"the instruction contains the control token {token}; remove it")
+        return torch.zeros(1, 3, self.blank, self.blank) if image is None else image
+
+    def _bounds(self) -> dict[str, int | bool]:
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "snap": self.variant != "v1.2"}
+
+    def _document(self, instruction: str, features: VisionFeatures, image: torch.Tensor, released: bool) -> CondDocument:
+        """The document without its patches. Of features only the sizes are used."""
+        ids, quoted = self.token_ids(instruction, released=released)
         hidden = [token == 0 for token in ids] if released else None
-        positions = self.mllm.positions(ids, [features], masked=hidden)
-        if released and any(hidden):
-            shown = torch.tensor(self.mllm.expand(ids, [features])) != 0
-            states = self.mllm.states(embeds, positions, shown=shown)
-        else:
-            states = self.mllm.states(embeds, positions)
-        states = states[:, self._kept(states.shape[1])]
+        positions = self.mllm.positions(ids, [features], masked=hidden)[:, 0]
+        whole = torch.tensor(self.mllm.expand(ids, [features]))
+        kept = self._kept(len(whole))
+        if self.variant != "v1.2":
+            shown = whole != 0 if released and any(hidden) else None
+            return CondDocument(whole, positions, (), kept, fillers=self.budget - (kept.stop - kept.start), shown=shown)
+        at, n_tokens = ids.index(self.mllm.image_token_id), len(features.tokens)
+        marks = torch.tensor(quoted[:at] + [False] * n_tokens + quoted[at + 1 :])
+        is_picture = torch.zeros(len(whole), dtype=torch.bool)
+        is_picture[at : at + n_tokens] = True
+        place = text_positions(positions[0, kept], is_picture[kept], features, (image.shape[-2], image.shape[-1]))
+        return CondDocument(whole, positions, (), kept, place=place, quoted=marks[kept])
+
+    def _conditioning(self, document: CondDocument, embeds: torch.Tensor, states: torch.Tensor) -> Conditioning:
+        """embeds, states (1, T, D): of the kept tokens."""
+        if self.variant == "v1.2":
+            return Conditioning(
+                tokens=states,
+                positions=document.place.to(states.device),
+                text_embeds=embeds,
+                text_mask=document.quoted[None].to(states.device),
+            )
         tokens = states.new_zeros(1, self.budget, states.shape[2])
         tokens[:, : states.shape[1]] = states
         mask = torch.arange(self.budget, device=states.device)[None] < states.shape[1]
@@ -234,7 +263,7 @@ class Step1XConditioner:
                 length - self.drop - self.budget,
                 self.budget,
             )
-        return slice(self.drop, self.drop + self.budget)
+        return slice(self.drop, min(length, self.drop + self.budget))
 
 
 _PAIRED = re.compile('["“]')

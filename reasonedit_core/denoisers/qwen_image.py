@@ -34,7 +34,7 @@ class QwenImageDenoiser:
     kind: Literal["velocity"] = "velocity"
 
     def __init__(self, transformer: nn.Module, *, counts: Counts | None = None, host: Run | None = None) -> None:
-        _check_config(transformer.config)
+        check_config(transformer.config)
         transformer.set_attn_processor(QwenAttention(host))
         self.transformer = transformer
         self.counts = counts or Counts()
@@ -72,7 +72,7 @@ class QwenImageDenoiser:
         return velocity[:, :n_target]
 
 
-def _check_config(config) -> None:
+def check_config(config) -> None:
     """Refuse transformers of the same class that are no editing models, with the reason."""
     wrong = [name for name in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope") if config.get(name)]
     if wrong:

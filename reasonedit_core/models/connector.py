@@ -1,6 +1,6 @@
 """The Step1X connector: MLLM states and timestep -> tokens for the DiT, and one pooled vector.
 
-B batch, T text tokens, C connector width, M width of the MLLM's states, P pooled width.
+B batch (in a pack: documents), T text tokens, C connector width, M width of the MLLM's states, P pooled width.
 
 Only two gates per block depend on the timestep, so everything else is computed once per prompt (`prepare`) and the
 steps of a denoising run repeat the cheap rest (`refine`). The submodule `S` and every other name are those of the
@@ -9,7 +9,7 @@ released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,12 @@ from diffusers.models.embeddings import Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels import attention
+from ..kernels import Mask, attention
+from ..packing import PackMask
+from .streams import SAMPLES, Modulated, Spans, document_numbers, glue
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(q, k, v (B, T, H, D), bool mask | None) -> (B, T, H, D): the dispatch with its choices bound."""
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+"""(q, k, v (B, T, H, D), mask | None) -> (B, T, H, D): the dispatch with its choices bound."""
 
 SINUSOID = 256
 """Width of the timestep's sinusoid inside the connector; a constant of the trained system."""
@@ -32,14 +34,17 @@ class ConnectorState:
 
     tokens (B, T, C): embedded MLLM states. attended (B, T, C): attention of the first block, which no gate precedes.
     context (B, C): embedded mean of the valid states. pooled (B, P). mask (B, 1, T, T) bool, or None when all are
-    valid.
+    valid. In a pack tokens and attended are (1, T, C), all documents in a row; mask is of the valid tokens alone, pieces
+    says where they stand (see `prepare_pack`), spans which document's gates a token takes.
     """
 
     tokens: Tensor
     attended: Tensor
     context: Tensor
     pooled: Tensor
-    mask: Tensor | None
+    mask: Mask
+    spans: Modulated = SAMPLES
+    pieces: tuple[int, ...] | None = None
 
 
 class TimestepEmbedder(nn.Module):
@@ -98,16 +103,16 @@ class RefinerBlock(nn.Module):
         nn.init.zeros_(self.adaLN_modulation[1].weight)
         nn.init.zeros_(self.adaLN_modulation[1].bias)
 
-    def attend(self, x: Tensor, mask: Tensor | None, attend: Attend = attention) -> Tensor:
+    def attend(self, x: Tensor, mask: Mask, attend: Attend = attention) -> Tensor:
         """Projected self-attention of x (B, T, C) -> (B, T, C), before its gate."""
         q, k, v = rearrange(self.self_attn_qkv(self.norm1(x)), "b t (n h d) -> n b t h d", n=3, h=self.heads)
         return self.self_attn_proj(rearrange(attend(q, k, v, mask), "b t h d -> b t (h d)"))
 
-    def forward(self, x: Tensor, attended: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attended: Tensor, condition: Tensor, spans: Modulated = SAMPLES) -> Tensor:
         """x, attended (B, T, C); condition (B', C) with B or B' possibly 1 -> (max(B, B'), T, C)."""
-        gate_attention, gate_mlp = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        x = x + attended * gate_attention
-        return x + self.mlp(self.norm2(x)) * gate_mlp
+        gate_attention, gate_mlp = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        x = spans.gated(x, gate_attention, attended)
+        return spans.gated(x, gate_mlp, self.mlp(self.norm2(x)))
 
 
 class TokenRefiner(nn.Module):
@@ -158,15 +163,35 @@ class Step1XConnector(nn.Module):
             mask=pairs,
         )
 
+    def prepare_pack(self, x: Tensor, lengths: Sequence[tuple[int, int]], attend: Attend = attention) -> ConnectorState:
+        """`prepare` for documents in one row: x (1, T, M). lengths: per document its valid tokens and, behind them, its
+        fillers, which are padding that the DiT sees (v1.0 and v1.1); tokens behind the last document are the pack's own
+        padding.
+        """
+        pieces = (*(n for pair in lengths for n in pair), x.shape[1] - sum(map(sum, lengths)))
+        mean = torch.cat([masked_mean(part, None) for part in x.split(pieces, dim=1)[:-1:2]])
+        mask = None if len(lengths) == 1 else PackMask(document_numbers(pieces[:-1:2], x.device))
+        tokens = self.S.input_embedder(x)
+        return ConnectorState(
+            tokens=tokens,
+            attended=self.S.individual_token_refiner.blocks[0].attend(tokens, mask, _between(pieces, attend)),
+            context=self.S.c_embedder(mean),
+            pooled=self.global_proj_out(mean),
+            mask=mask,
+            spans=Spans((*map(sum, lengths), pieces[-1]), (*range(len(lengths)), None)),
+            pieces=pieces,
+        )
+
     def refine(self, state: ConnectorState, t: Tensor, attend: Attend = attention) -> Tensor:
         """Tokens at timestep t (B',) in 0..1. B' and the state's batch are equal, or one of them is 1."""
         # Times 1000 in the dtype given: a bf16 t rounds here, which is part of the released numerics.
         condition = self.S.t_embedder(t * 1000, state.tokens.dtype) + state.context
+        attend = attend if state.pieces is None else _between(state.pieces, attend)
         x, attended = state.tokens, state.attended
         for index, block in enumerate(self.S.individual_token_refiner.blocks):
             if index > 0:
                 attended = block.attend(x, state.mask, attend)
-            x = block(x, attended, condition)
+            x = block(x, attended, condition, state.spans)
         return x
 
     def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -190,3 +215,20 @@ def pairwise(mask: Tensor) -> Tensor:
     pairs = mask[:, None, :, None] & mask[:, None, None, :]
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     return pairs | first
+
+
+def _between(pieces: tuple[int, ...], attend: Attend) -> Attend:
+    """Attention among the valid tokens of packed documents; pieces: see `prepare_pack`, in one flat row."""
+    if not any(pieces[1::2]) and not pieces[-1]:
+        return attend
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        values = v.split(pieces, dim=1)
+        valid = attend(*(glue(x.split(pieces, dim=1)[:-1:2]) for x in (q, k, v)), mask).split(pieces[:-1:2], dim=1)
+        out = []
+        for document, part in enumerate(valid):
+            # A filler sees its document's first token alone (`pairwise`), so its result is that token's value.
+            out += [part, values[2 * document][:, :1].expand(-1, pieces[2 * document + 1], -1, -1)]
+        return glue([*out, values[-1]])
+
+    return run

@@ -39,13 +39,7 @@ class QwenAttention:
         """
         n_text = encoder_hidden_states.shape[1]
         mask = _joint_mask(encoder_hidden_states_mask, attention_mask, hidden_states)
-        heads = (attn.heads, -1)
-        image = [proj(hidden_states).unflatten(-1, heads) for proj in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [
-            proj(encoder_hidden_states).unflatten(-1, heads) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        ]
-        image[0], image[1] = attn.norm_q(image[0]), attn.norm_k(image[1])
-        text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
+        text, image = project_heads(attn, encoder_hidden_states, hidden_states)
         if image_rotary_emb is not None:
             image_table, text_table = image_rotary_emb
             image[:2] = [rotate(x, image_table) for x in image[:2]]
@@ -58,15 +52,24 @@ class QwenAttention:
         return image_out, attn.to_add_out(mixed[:, :n_text].contiguous())
 
 
+def project_heads(attn: nn.Module, text: torch.Tensor, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Normalised queries and keys, and values, before the rotation: of text (B, T, C) and of pictures (B, N, C), each
+    (B, T | N, H, D)."""
+    heads = (attn.heads, -1)
+    image = [proj(image).unflatten(-1, heads) for proj in (attn.to_q, attn.to_k, attn.to_v)]
+    text = [proj(text).unflatten(-1, heads) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+    image[0], image[1] = attn.norm_q(image[0]), attn.norm_k(image[1])
+    text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
+    return text, image
+
+
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotary positions: x (B, T, H, D), adjacent channels paired as complex numbers; table (T, D / 2) complex64."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
 
 
-def _joint_mask(
-    text_mask: torch.Tensor | None, joint_mask: torch.Tensor | None, image: torch.Tensor
-) -> torch.Tensor | None:
+def _joint_mask(text_mask: torch.Tensor | None, joint_mask: torch.Tensor | None, image: torch.Tensor) -> torch.Tensor | None:
     """(B, 1, 1, T + N) bool: which keys every query may see. Pictures are always seen."""
     if text_mask is not None:
         seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)

@@ -22,9 +22,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels import attention
+from ..kernels import Mask, attention
 from ..kernels.dispatch import Run
 from .connector import Attend, ConnectorState, Step1XConnector
+from .streams import BATCH, Layout
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin in fp32, each (L, D) or (B, L, D), every angle written twice (pairs are interleaved)."""
@@ -75,7 +76,7 @@ class SingleAttention(nn.Module):
         q, k, v = (_split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend) -> Tensor:
         """(B, L, C) -> (B, L, C), without an output projection."""
         q, k, v = self.project(x)
         return _attend(q, k, v, rope, mask, attend)
@@ -101,13 +102,13 @@ class JointAttention(SingleAttention):
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(  # type: ignore[override]
-        self, image: Tensor, text: Tensor, rope: Rope, mask: Tensor | None, attend: Attend
+        self, image: Tensor, text: Tensor, rope: Rope, mask: Mask, attend: Attend, layout: Layout = BATCH
     ) -> tuple[Tensor, Tensor]:
         """image (B, N, C), text (B, T, C) -> their projected attention outputs."""
         pairs = zip(self.project_text(text), self.project(image), strict=True)
-        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-        out = _attend(q, k, v, rope, mask, attend)
-        return self.to_out[0](out[:, text.shape[1] :]), self.to_add_out(out[:, : text.shape[1]])
+        q, k, v = (layout.join(*pair) for pair in pairs)
+        text_out, image_out = layout.part(_attend(q, k, v, rope, mask, attend), text.shape[1])
+        return self.to_out[0](image_out), self.to_add_out(text_out)
 
 
 class DoubleBlock(nn.Module):
@@ -124,21 +125,22 @@ class DoubleBlock(nn.Module):
         self.ff_context = FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")
 
     def forward(
-        self, image: Tensor, text: Tensor, temb: Tensor, rope: Rope, mask: Tensor | None, attend: Attend
+        self, image: Tensor, text: Tensor, temb: Tensor, rope: Rope, mask: Mask, attend: Attend, layout: Layout = BATCH
     ) -> tuple[Tensor, Tensor]:
-        """image (B, N, C), text (B, T, C), temb (B, C) -> image, text."""
-        image_in, gate, shift2, scale2, gate2 = self.norm1(image, emb=temb)
-        text_in, text_gate, text_shift2, text_scale2, text_gate2 = self.norm1_context(text, emb=temb)
-        image_out, text_out = self.attn(image_in, text_in, rope, mask, attend)
+        """image (B, N, C), text (B, T, C), temb (B, C) -> image, text. In a pack B is 1, and temb has a row per document."""
+        shift, scale, gate, shift2, scale2, gate2 = _modulation(self.norm1, temb, 6)
+        text_shift, text_scale, text_gate, text_shift2, text_scale2, text_gate2 = _modulation(self.norm1_context, temb, 6)
+        image_in = layout.image.modulate(self.norm1.norm(image), scale, shift)
+        text_in = layout.text.modulate(self.norm1_context.norm(text), text_scale, text_shift)
+        image_out, text_out = self.attn(image_in, text_in, rope, mask, attend, layout)
 
-        image = image + gate[:, None] * image_out
-        image = image + gate2[:, None] * self.ff(_modulate(self.norm2(image), scale2, shift2))
+        image = layout.image.gated(image, gate, image_out)
+        inner = self.ff(layout.image.modulate(self.norm2(image), scale2, shift2))
+        image = layout.image.gated(image, gate2, inner)
 
-        text = text + text_gate[:, None] * text_out
-        text = text + text_gate2[:, None] * self.ff_context(
-            _modulate(self.norm2_context(text), text_scale2, text_shift2)
-        )
-        return image, _clamp_fp16(text)
+        text = layout.text.gated(text, text_gate, text_out)
+        inner = self.ff_context(layout.text.modulate(self.norm2_context(text), text_scale2, text_shift2))
+        return image, _clamp_fp16(layout.text.gated(text, text_gate2, inner))
 
 
 class SingleBlock(nn.Module):
@@ -151,12 +153,13 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(width, 4 * width)
         self.proj_out = nn.Linear(5 * width, width)
 
-    def forward(self, x: Tensor, temb: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
-        """x (B, L, C), temb (B, C) -> (B, L, C)."""
-        normed, gate = self.norm(x, emb=temb)
+    def forward(self, x: Tensor, temb: Tensor, rope: Rope, mask: Mask, attend: Attend, layout: Layout = BATCH) -> Tensor:
+        """x (B, L, C), temb (B, C) -> (B, L, C). In a pack B is 1, and temb has a row per document."""
+        shift, scale, gate = _modulation(self.norm, temb, 3)
+        normed = layout.joint.modulate(self.norm.norm(x), scale, shift)
         inner = nn.functional.gelu(self.proj_mlp(normed), approximate="tanh")
         attended = self.attn(normed, rope, mask, attend)
-        return _clamp_fp16(x + gate[:, None] * self.proj_out(torch.cat([attended, inner], dim=-1)))
+        return _clamp_fp16(layout.joint.gated(x, gate, self.proj_out(torch.cat([attended, inner], dim=-1))))
 
 
 class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -354,17 +357,19 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor | None, attend: Attend) -> Tensor:
-    out = attend(apply_rope(q, rope), apply_rope(k, rope), v, mask)
-    return rearrange(out, "b l h d -> b l (h d)")
+def _attend(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Mask, attend: Attend) -> Tensor:
+    # Under autocast the norms answer in fp32 where the projections give the low precision.
+    q, k = (apply_rope(x, rope).to(v.dtype) for x in (q, k))
+    return rearrange(attend(q, k, v, mask), "b l h d -> b l (h d)")
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "b l (h d) -> b l h d", h=heads)
 
 
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
+def _modulation(norm: AdaLayerNormZero | AdaLayerNormZeroSingle, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """temb (B, C) -> shift, scale and gate, once or twice, each (B, C)."""
+    return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
 
 
 def _clamp_fp16(x: Tensor) -> Tensor:

@@ -1,0 +1,168 @@
+"""The two streams of a DiT, text and pictures, and the joint sequence in which they attend: as a batch, or packed.
+
+B batch, T text tokens, N picture tokens, L = T + N, C width, R rows of modulation.
+
+A block is written once. What differs between a batch and a pack is which modulation a token takes and where a token stands
+in the joint sequence: in a batch each sample has one modulation and text stands first; in a pack (B = 1) modulation is
+computed once per document, and documents stand one after the other, each with its text first.
+
+Tokens are taken apart by the documents' lengths and put together again. A gather by document number would do the same, but
+it keeps a modulation per token for the backward pass and sums the gradients of a modulation in the weights' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..packing import PADDING, PackMask
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Modulation of a batch: x (B, L, C), one row of scale, shift and gate (B, C) per sample."""
+
+    def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x (1 + scale) + shift."""
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+    def gated(self, x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+        """x + gate change."""
+        return x + gate[:, None] * change
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Modulation of a packed stream: x (1, L, C), scale, shift and gate (R, C).
+
+    lengths: tokens of each span, L in all; rows: the row of modulation that each takes, None for padding, which stays as it
+    is.
+    """
+
+    lengths: tuple[int, ...]
+    rows: tuple[int | None, ...]
+
+    def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x (1 + scale) + shift, with the row of each token's span."""
+        parts = zip(x.split(self.lengths, dim=1), self.rows, strict=True)
+        return glue([part if row is None else part * (1 + scale[row]) + shift[row] for part, row in parts])
+
+    def gated(self, x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+        """x + gate change, with the row of each token's span."""
+        parts = zip(x.split(self.lengths, dim=1), change.split(self.lengths, dim=1), self.rows, strict=True)
+        return glue([part if row is None else part + gate[row] * added for part, added, row in parts])
+
+
+Modulated = Samples | Spans
+
+SAMPLES = Samples()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B samples: text (B, T, C), pictures (B, N, C), joint (B, L, C) with text first."""
+
+    text: Samples = SAMPLES
+    image: Samples = SAMPLES
+    joint: Samples = SAMPLES
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """(B, T, ...) and (B, N, ...) -> (B, L, ...)."""
+        return torch.cat([text, image], dim=1)
+
+    def part(self, joint: Tensor, n_text: int) -> tuple[Tensor, Tensor]:
+        """(B, L, ...) -> (B, T, ...), (B, N, ...)."""
+        return joint[:, :n_text], joint[:, n_text:]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Documents in one sequence: text (1, T, C), pictures (1, N, C), joint (1, L, C) in the order of documents.
+
+    text_lengths, image_lengths: tokens of each document and, last, of the padding. mask: who sees whom in the joint
+    sequence; None where a single document fills it.
+    """
+
+    text_lengths: tuple[int, ...]
+    image_lengths: tuple[int, ...]
+    text: Spans
+    image: Spans
+    joint: Spans
+    mask: PackMask | None
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of the pack."""
+        return len(self.text_lengths) - 1
+
+    @property
+    def image_documents(self) -> Spans:
+        """Spans of the picture stream with one modulation per document, whatever `image` says."""
+        return Spans(self.image_lengths, self.joint.rows)
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """(1, T, ...), (1, N, ...) -> (1, L, ...): each document's text before its pictures, padding at the end."""
+        pairs = zip(text.split(self.text_lengths, dim=1), image.split(self.image_lengths, dim=1), strict=True)
+        return glue([part for pair in pairs for part in pair])
+
+    def part(self, joint: Tensor, n_text: int) -> tuple[Tensor, Tensor]:
+        """(1, L, ...) -> (1, T, ...), (1, N, ...): the inverse of `join`."""
+        pairs = zip(self.text_lengths, self.image_lengths, strict=True)
+        parts = joint.split([length for pair in pairs for length in pair], dim=1)
+        return glue(parts[::2]), glue(parts[1::2])
+
+
+BATCH = Batch()
+
+Layout = Batch | Packed
+
+
+def pack_layout(
+    text_lengths: Sequence[int],
+    image_lengths: Sequence[int],
+    *,
+    padding: tuple[int, int] = (0, 0),
+    image: Spans | None = None,
+    device: torch.device | None = None,
+) -> Packed:
+    """The layout of documents of these lengths, with `padding` tokens of text and of pictures behind them.
+
+    image: spans of the picture stream where a document has more than one modulation (its own padding included).
+    """
+    text_lengths, image_lengths = (*text_lengths, padding[0]), (*image_lengths, padding[1])
+    joint_lengths = tuple(text + picture for text, picture in zip(text_lengths, image_lengths, strict=True))
+    rows = (*range(len(joint_lengths) - 1), None)
+    mask = None
+    if len(joint_lengths) > 2 or joint_lengths[-1]:
+        mask = PackMask(document_numbers(joint_lengths[:-1], device, padding=joint_lengths[-1]))
+    return Packed(
+        text_lengths,
+        image_lengths,
+        Spans(text_lengths, rows),
+        image or Spans(image_lengths, rows),
+        Spans(joint_lengths, rows),
+        mask,
+    )
+
+
+def document_numbers(lengths: Sequence[int], device: torch.device | None = None, *, padding: int = 0) -> Tensor:
+    """(L,) int64: the number of each token's document, documents having these lengths, then -1 for padding."""
+    numbers = torch.tensor([*range(len(lengths)), PADDING]).repeat_interleave(torch.tensor([*lengths, padding]))
+    return numbers.to(device)
+
+
+def glue(parts: Sequence[Tensor]) -> Tensor:
+    """Parts (1, n, ...) one after the other; empty ones are left out, and a single one is not copied."""
+    full = [part for part in parts if part.shape[1]]
+    if len(full) == 1:
+        return full[0]
+    return torch.cat(full or list(parts), dim=1)
+
+
+def last_norm(norm: nn.Module, x: Tensor, temb: Tensor, spans: Modulated) -> Tensor:
+    """diffusers' `AdaLayerNormContinuous` on a packed stream: x (1, N, C), temb (R, C)."""
+    scale, shift = norm.linear(norm.silu(temb).to(x.dtype)).chunk(2, dim=1)
+    return spans.modulate(norm.norm(x), scale, shift)
