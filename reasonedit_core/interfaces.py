@@ -88,14 +88,15 @@ class Conditioner(Protocol):
 
     def condition(
         self,
-        image: torch.Tensor,
+        image: torch.Tensor | None,
         instruction: str,
         *,
         grid: tuple[int, int],
         references: Sequence[torch.Tensor] = (),
         released: bool = False,
     ) -> Conditioning:
-        """image: (1, 3, h, w) at the generated size; grid: (height, width) of the latent token grid; batch is always 1."""
+        """image: (1, 3, h, w) at the generated size, None for a picture from text alone; grid: (height, width) of the latent
+        token grid; batch is always 1."""
         ...
 
 

@@ -92,16 +92,17 @@ class TextPack:
 class ImagePack:
     """Documents of the DiT stream, each [text | noisy target | clean references].
 
-    Text: text_index (T,) int64 rows of the MLLM's states, text_doc (T,) their documents (contiguous, in order, no padding
-    needed). states (S, D): the cached states that text_index counts in; None when they come from a TextPack of the same
-    step. text_place (T, 3) float32: positions of the text tokens in the DiT where they are not simply 0, 1, 2, ...
-    (Step1X-Edit v1.2), else None. quoted (T,) bool with quoted_embeds (n, D): input embeddings of quoted characters where
-    the system maps them (Step1X-Edit v1.2), else None.
+    Text: text_index (T,) int64 rows of the MLLM's states, -1 for a token of zeros that the DiT sees (Step1X-Edit v1.0 and
+    v1.1 fill up to 640); text_doc (T,) their documents (contiguous, in order, no padding needed). states (S, D): the cached
+    states that text_index counts in; None when they come from a TextPack of the same step. text_place (T, 3) float32:
+    positions of the text tokens in the DiT where they are not simply 0, 1, 2, ... (Step1X-Edit v1.2), else None. quoted (T,)
+    bool with quoted_embeds (n, D): input embeddings of quoted characters where the system maps them (Step1X-Edit v1.2), else
+    None; the steps fill the embeddings in where the MLLM is at hand.
 
     Pictures: clean (N, C) normalised packed latents; noise (N, C), zero on references; sigma (documents,) float32 in 0..1,
     1 = noise; image_doc (N,); role (N,) int64: 0 target, 1 the first reference, ...; grids: per document (height, width) in
-    tokens of the target, then of each reference; loss_weight (N,) float32, zero on references and padding. records: the
-    record id of each document.
+    tokens of the target, then of each reference; loss_weight (N,) float32, zero on references and padding. Padding has
+    document and role -1. records: the record id of each document.
     """
 
     text_index: Tensor

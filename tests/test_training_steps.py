@@ -206,6 +206,24 @@ def test_the_graph_of_the_dit_is_free_before_the_mllm_is_entered(mllm, micro):
     assert all(kept == [None] for who, kept in events if who == "mllm")
 
 
+@pytest.mark.parametrize("step", [joint_step, editing_step])
+def test_quoted_characters_get_their_input_embeddings(mllm, micro, step):
+    """A mapping of quoted characters reads the table of the MLLM, of which documents know the ids alone."""
+    seen = {}
+
+    class Reader(ToyDiT):
+        def forward(self, pack, states=None):
+            seen["embeds"] = pack.quoted_embeds
+            return super().forward(pack, states)
+
+    quoted = torch.zeros(len(micro.image.text_index), dtype=torch.bool)
+    quoted[[1, 4]] = True
+    step(Models(PackedMLLM(mllm), Reader()), replace(micro, image=replace(micro.image, quoted=quoted)))
+    ids = micro.text.ids[micro.image.text_index[[1, 4]]]
+    assert torch.equal(seen["embeds"], mllm.model.get_input_embeddings().weight[ids])
+    assert not seen["embeds"].requires_grad
+
+
 def test_gradients_add_up_over_micro_steps(mllm, micro):
     lora(mllm.model)
     models = Models(PackedMLLM(mllm), ToyDiT())

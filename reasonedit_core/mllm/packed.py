@@ -75,6 +75,12 @@ class PackedMLLM(nn.Module):
         states = self._decode(self._embed(pack, features), pack.positions.to(self.device)[:, None], layers)
         return states, self._cross_entropy(states, pack)
 
+    @torch.no_grad()
+    def input_embeddings(self, ids: Tensor) -> Tensor:
+        """Rows (n, D) of the embedding table for token ids (n,), without a graph. A second way in, beside `forward`: FSDP2
+        must be told of it (`register_fsdp_forward_method`), as the table is cut over the ranks."""
+        return self.model.get_input_embeddings()(ids.to(self.device))
+
     def _embed(self, pack: TextPack, features: Sequence[Tensor] | None) -> Tensor:
         """Input embeddings (1, L, D), pictures at their placeholders."""
         ids = pack.ids.to(self.device)[None]
