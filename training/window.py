@@ -125,7 +125,7 @@ def figures(
 def _calls(micro: MicroStep) -> str:
     """Which forwards a micro-step causes: quoted characters that have no embeddings yet are one more of the MLLM."""
     image = micro.image
-    quotes = image is not None and image.quoted is not None and image.quoted_embeds is None
+    quotes = image is not None and image.states is None and image.quoted is not None and image.quoted_embeds is None
     called = {"text": micro.text is not None, "image": image is not None, "quotes": quotes}
     return "+".join(name for name, there in called.items() if there)
 
