@@ -15,7 +15,8 @@ from . import host
 
 FROM_CHECKPOINT = "from checkpoint"
 REMOTE, SCRIPTED = "remote endpoint", "scripted replies"
-NOTHING = "(no checkpoint found)"
+NOTHING = "(none found: put one into models/reasonedit, then press R)"
+NO_LORA = "(none found: put one into models/loras, then press R)"
 AUTO = "auto"
 OWN_PACKS = {"english": "en", "chinese": "zh"}
 SUFFIXES = (".safetensors", ".json", ".toml", ".txt")
@@ -35,6 +36,11 @@ def text_encoder_names() -> list[str]:
 def vae_names() -> list[str]:
     """Single VAE files."""
     return _files("vae")
+
+
+def lora_names() -> list[str]:
+    """LoRA files; of a peft folder its adapter_model.safetensors, beside which its configuration is found."""
+    return [name for name in _files("loras") if not name.endswith("/whole.safetensors")]
 
 
 def reasoner_names() -> list[str]:
@@ -134,10 +140,3 @@ def tokenizer_for(path: Path) -> Path | None:
         if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
             return place
     return host.tokenizer_folder()
-
-
-def not_listed(name: str, value: Any, options: Sequence[str], remedy: str) -> str | None:
-    """ComfyUI's words for a value that is not in a list, with what to do about it; None when it is."""
-    if value is None or value in options:
-        return None
-    return f"Value not in list: {name}: {value!r} not in {list(options)[:8]}. {remedy}."

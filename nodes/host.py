@@ -36,6 +36,7 @@ EditedSocket = io.Custom(sockets.EDITED)
 VerdictSocket = io.Custom(sockets.VERDICT)
 HistorySocket = io.Custom(sockets.HISTORY)
 FlowSocket = io.Custom(sockets.FLOW)
+LorasSocket = io.Custom(sockets.LORAS)
 
 WHO = [io.Hidden.unique_id, io.Hidden.dynprompt]
 """Hidden inputs of a node that shows what it does while it runs."""
@@ -45,6 +46,18 @@ MODELS = "reasonedit"
 
 TEXT_EVERY = 0.25
 """Seconds between two updates of streamed text."""
+
+
+class FileList(io.Combo.Input):
+    """A list of files. ComfyUI itself checks what is chosen, and tells of a file that is missing in its own words.
+
+    Engine 0.3.64 checks only lists that stand in the place of the type; engines with dynamic inputs want the type's name
+    there, and check by that. What a node's `validate_inputs` names is not checked at all.
+    """
+
+    def get_io_type(self) -> Any:
+        """The type, or the list in its place."""
+        return super().get_io_type() if hasattr(io, "DynamicCombo") else self.options
 
 
 # ---- devices and memory --------------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
-"""The loaders: an editor (DiT, VAE and the MLLM that conditions it) and a reasoner, from ComfyUI's model folders."""
+"""The loaders: an editor (DiT, VAE and the MLLM that conditions it), a reasoner and their LoRAs, from ComfyUI's folders."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..reasonedit_core.errors import ConfigError
 from . import folders, host
-from .folders import AUTO, FROM_CHECKPOINT, NOTHING, REMOTE, SCRIPTED, locate, locate_dialogue, tokenizer_for
-from .host import EditorSocket, ReasonerSocket, io
-from .sockets import EditorHandle, ReasonerHandle, Script
+from .folders import AUTO, FROM_CHECKPOINT, NO_LORA, NOTHING, REMOTE, SCRIPTED, locate, locate_dialogue, tokenizer_for
+from .host import EditorSocket, FileList, LorasSocket, ReasonerSocket, io
+from .sockets import EditorHandle, Lora, ReasonerHandle, Script
 
 DTYPES = (AUTO, "bfloat16", "float16", "float32")
 WEIGHTS = (AUTO, "full", "fp8")
@@ -26,14 +27,30 @@ WHERE = (
 
 
 def load_editor(
-    checkpoint: str, text_encoder: str, vae: str, *, dialogue: str, dtype: str, weights_dtype: str, variant: str
+    checkpoint: str,
+    text_encoder: str,
+    vae: str,
+    *,
+    dialogue: str,
+    dtype: str,
+    weights_dtype: str,
+    variant: str,
+    loras: Sequence[Lora] = (),
 ) -> tuple[EditorHandle, ReasonerHandle | None]:
-    """The editor, and the reasoner that its own MLLM is; None where that has no lm_head."""
+    """The editor, and the reasoner that its own MLLM is; None where that has no lm_head.
+
+    loras: each goes to the transformer, the MLLM or both, as its keys say.
+    """
     from dataclasses import replace
 
     from ..reasonedit_core.load import SystemSpec, load_system
     from ..reasonedit_core.parts import assemble_parts
 
+    if checkpoint == NOTHING:
+        raise ConfigError(f"checkpoint: expected one, found none. {WHERE}.")
+    lacking = [name for name, value in (("text_encoder", text_encoder), ("vae", vae)) if value == FROM_CHECKPOINT]
+    if checkpoint.startswith("diffusion_models/") and lacking:
+        raise ConfigError(f"{checkpoint} is a single transformer file: choose its {' and its '.join(lacking)} as well.")
     chosen = [None if name == FROM_CHECKPOINT else locate(name) for name in (text_encoder, vae)]
     parts = assemble_parts(locate(checkpoint), text_encoder=chosen[0], vae=chosen[1])
     if parts.tokenizer is None:
@@ -46,7 +63,7 @@ def load_editor(
             variant=variant,
             weights_dtype=weights_dtype,
             parts=parts,
-            **_common(dialogue, dtype),
+            **_common(dialogue, dtype, loras),
         )
     )
     name = checkpoint.partition("/")[2]
@@ -68,27 +85,36 @@ def load_editor(
     )
 
 
-def load_reasoner(source: str, *, url: str, model: str, replies: str, dialogue: str, dtype: str) -> ReasonerHandle:
-    """A reasoner of its own: a Qwen2.5-VL, an endpoint, or recorded replies."""
+def load_reasoner(
+    source: str, *, url: str, model: str, replies: str, dialogue: str, dtype: str, loras: Sequence[Lora] = ()
+) -> ReasonerHandle:
+    """A reasoner of its own: a Qwen2.5-VL, with its LoRAs, an endpoint, or recorded replies."""
     from ..reasonedit_core.dialogue.prompts import find_pack
 
     if source in (REMOTE, SCRIPTED):
+        if loras:
+            raise ConfigError(
+                f"loras: expected none with '{source}', whose weights are not here; found {len(loras)}. Unwire it."
+            )
         choice = find_pack(explicit=locate_dialogue(dialogue), models_dir=host.models_dir())
         origin = {"origin": choice.origin, "name": choice.pack.name, "version": choice.pack.version}
         if source == SCRIPTED:
             return ReasonerHandle("scripted replies", choice.pack, read_script(replies), origin=origin)
         from ..reasonedit_core.reasoners.remote import RemoteSpeaker
 
+        if not url.strip():
+            raise ConfigError("url: expected an address such as http://localhost:8000/v1, found none. Write it.")
         return ReasonerHandle(url, choice.pack, RemoteSpeaker(url, model=model.strip() or None), origin=origin)
     from ..reasonedit_core.load import SystemSpec
     from ..reasonedit_core.load import load_reasoner as load
 
     path = locate(source)
-    spec = SystemSpec("", path, reasoner=f"qwen:{path}", tokenizer=tokenizer_for(path), **_common(dialogue, dtype))
+    spec = SystemSpec("", path, reasoner=f"qwen:{path}", tokenizer=tokenizer_for(path), **_common(dialogue, dtype, loras))
     loaded = load(spec)
     loaded.mover.on_unload("mllm", loaded.mllm.release)
     name = source.partition("/")[2]
-    return ReasonerHandle(name, loaded.reasoner.pack, loaded.reasoner.speaker, loaded.mllm, loaded.mover, loaded.pack_origin)
+    reasoner = loaded.reasoner
+    return ReasonerHandle(name, reasoner.pack, reasoner.speaker, loaded.mllm, loaded.mover, loaded.pack_origin, loaded.notes)
 
 
 def read_script(text: str) -> Script:
@@ -105,7 +131,7 @@ def read_script(text: str) -> Script:
     return Script({task: tuple(texts) for task, texts in value.items()})
 
 
-def _common(dialogue: str, dtype: str) -> dict[str, Any]:
+def _common(dialogue: str, dtype: str, loras: Sequence[Lora]) -> dict[str, Any]:
     from .memory import ComfyMover
 
     return {
@@ -114,14 +140,15 @@ def _common(dialogue: str, dtype: str) -> dict[str, Any]:
         "device": host.compute_device(),
         "models_dir": host.models_dir(),
         "make_mover": ComfyMover,
+        "loras": tuple((lora.path, lora.strength) for lora in loras),
     }
 
 
 # ---- nodes ---------------------------------------------------------------------------------------------------------------
 
 
-def _dialogue_input() -> io.Combo.Input:
-    return io.Combo.Input(
+def _dialogue_input() -> FileList:
+    return FileList(
         "dialogue",
         folders.dialogue_names(),
         default=AUTO,
@@ -139,6 +166,60 @@ def _dtype_input() -> io.Combo.Input:
     )
 
 
+def _loras_input(tooltip: str) -> Any:
+    return LorasSocket.Input("loras", optional=True, tooltip=tooltip)
+
+
+class LoRA(io.ComfyNode):
+    """A LoRA for the loaders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            "ReasonEdit_LoRA",
+            display_name="LoRA (ReasonEdit)",
+            category=host.ROOT,
+            description="A LoRA for Load Editor or Load Reasoner. Several are chained; they are applied in that order. A file "
+            "may hold a LoRA of the transformer, of the MLLM, or of both: its keys say where it goes.",
+            inputs=[
+                FileList(
+                    "lora",
+                    folders.lora_names() or [NO_LORA],
+                    tooltip="A file of models/loras: LoRA or DoRA, in any of the usual key styles. Of a PEFT folder choose "
+                    "adapter_model.safetensors.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="1 is as trained, 0 is without. A change loads the model again.",
+                ),
+                _loras_input("The LoRAs before this one."),
+            ],
+            outputs=[
+                LorasSocket.Output("stack", display_name="loras", tooltip="For Load Editor, Load Reasoner or another LoRA.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora, **_kwargs) -> str:
+        """Path, size and time of the file, and of what lies beside it in a PEFT folder."""
+        if lora == NO_LORA:
+            return ""
+        path = locate(lora)
+        return folders.fingerprint([path.parent if path.name == "adapter_model.safetensors" else path])
+
+    @classmethod
+    def execute(cls, lora, strength, loras=None) -> io.NodeOutput:
+        """One more LoRA on the stack."""
+        if lora == NO_LORA:
+            raise ConfigError("lora: expected a file, found none. Put one into models/loras and press R to refresh.")
+        return io.NodeOutput((*(loras or ()), Lora(locate(lora), strength)))
+
+
 class LoadEditor(io.ComfyNode):
     """Load a ReasonEdit editor, and its own reasoner."""
 
@@ -152,20 +233,20 @@ class LoadEditor(io.ComfyNode):
             description="Loads Step1X-Edit (ReasonEdit-S) or Qwen-Image-Edit (ReasonEdit-Q): a checkpoint folder, or a single "
             "transformer file together with a text encoder and a VAE. Its MLLM is loaded once and serves both outputs.",
             inputs=[
-                io.Combo.Input(
+                FileList(
                     "checkpoint",
                     folders.editor_names() or [NOTHING],
                     tooltip="A folder below models/reasonedit or models/diffusers, or a single file of "
                     "models/diffusion_models.",
                 ),
-                io.Combo.Input(
+                FileList(
                     "text_encoder",
                     [FROM_CHECKPOINT, *folders.text_encoder_names()],
                     default=FROM_CHECKPOINT,
                     tooltip="The Qwen2.5-VL that reads picture and instruction. A single transformer file needs one; for a "
                     "folder it replaces the folder's own. Only one with lm_head can also reason.",
                 ),
-                io.Combo.Input(
+                FileList(
                     "vae",
                     [FROM_CHECKPOINT, *folders.vae_names()],
                     default=FROM_CHECKPOINT,
@@ -187,6 +268,10 @@ class LoadEditor(io.ComfyNode):
                     default=AUTO,
                     tooltip="Which Step1X-Edit a single file is, where its keys do not tell (v1.1 or v1.2). Folders say it.",
                 ),
+                _loras_input(
+                    "LoRAs from the LoRA node: of the transformer, the MLLM, or both. One of the MLLM acts on editing and on "
+                    "the output reasoner alike; for the reasoner alone wire it to Load Reasoner."
+                ),
             ],
             outputs=[
                 EditorSocket.Output("editor", display_name="editor", tooltip="For Edit and Auto Loop."),
@@ -201,28 +286,6 @@ class LoadEditor(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint, text_encoder, vae) -> bool | str:
-        """Names that are gone, and single files without their companions, before the run."""
-        named = {"text_encoder": text_encoder, "vae": vae}
-        if checkpoint == NOTHING:
-            return f"checkpoint: no checkpoint was found. {WHERE}."
-        faults = [
-            folders.not_listed("checkpoint", checkpoint, folders.editor_names(), WHERE),
-            folders.not_listed(
-                "text_encoder",
-                text_encoder,
-                [FROM_CHECKPOINT, *folders.text_encoder_names()],
-                "Put it into models/text_encoders",
-            ),
-            folders.not_listed("vae", vae, [FROM_CHECKPOINT, *folders.vae_names()], "Put it into models/vae"),
-        ]
-        if str(checkpoint).startswith("diffusion_models/"):
-            lacking = [name for name, value in named.items() if value == FROM_CHECKPOINT]
-            if lacking:
-                faults.append(f"{checkpoint} is a single transformer file: choose its {' and its '.join(lacking)} as well.")
-        return next((fault for fault in faults if fault), True)
-
-    @classmethod
     def fingerprint_inputs(cls, checkpoint, text_encoder, vae, dialogue, **_kwargs) -> str:
         """Path, size and time of the files: the models are loaded again only when those change."""
         named = [name for name in (checkpoint, text_encoder, vae) if name not in (FROM_CHECKPOINT, NOTHING)]
@@ -230,11 +293,10 @@ class LoadEditor(io.ComfyNode):
         return folders.fingerprint([*map(locate, named), *([pack] if isinstance(pack, Path) else [])])
 
     @classmethod
-    def execute(cls, checkpoint, text_encoder, vae, dialogue, dtype, weights_dtype, variant) -> io.NodeOutput:
+    def execute(cls, checkpoint, text_encoder, vae, dialogue, dtype, weights_dtype, variant, loras=None) -> io.NodeOutput:
         """Load."""
-        editor, reasoner = load_editor(
-            checkpoint, text_encoder, vae, dialogue=dialogue, dtype=dtype, weights_dtype=weights_dtype, variant=variant
-        )
+        how = {"dialogue": dialogue, "dtype": dtype, "weights_dtype": weights_dtype, "variant": variant}
+        editor, reasoner = load_editor(checkpoint, text_encoder, vae, **how, loras=loras or ())
         if editor.notes:
             host.Watch(cls.hidden).show("\n".join(editor.notes))
         return io.NodeOutput(editor, reasoner)
@@ -253,7 +315,7 @@ class LoadReasoner(io.ComfyNode):
             description="A reasoner other than the editor's own MLLM: another Qwen2.5-VL, any OpenAI-compatible endpoint "
             "(vLLM, SGLang, Ollama, LM Studio), or recorded replies.",
             inputs=[
-                io.Combo.Input(
+                FileList(
                     "source",
                     folders.reasoner_names(),
                     tooltip="A Qwen2.5-VL folder (models/reasonedit, models/LLM) or file (models/text_encoders) with lm_head, "
@@ -277,26 +339,23 @@ class LoadReasoner(io.ComfyNode):
                 ),
                 _dialogue_input(),
                 _dtype_input(),
+                _loras_input("LoRAs of the MLLM, from the LoRA node. None with an endpoint or recorded replies."),
             ],
             outputs=[ReasonerSocket.Output("reasoner", display_name="reasoner", tooltip="For Think, Reflect and Auto Loop.")],
+            hidden=host.WHO,
         )
 
     @classmethod
-    def validate_inputs(cls, source, url, replies) -> bool | str:
-        """What the chosen source needs, before the run."""
-        if source == REMOTE and isinstance(url, str) and not url.strip().startswith(("http://", "https://")):
+    def validate_inputs(cls, url, replies) -> bool | str:
+        """Texts that no source could use, before the run."""
+        if isinstance(url, str) and url.strip() and not url.strip().startswith(("http://", "https://")):
             return f"url: expected an address such as http://localhost:8000/v1, found {url!r}. Correct it."
-        if source == SCRIPTED and isinstance(replies, str):
+        if isinstance(replies, str) and replies.strip():
             try:
                 read_script(replies)
             except ConfigError as error:
                 return str(error)
-        return (
-            folders.not_listed(
-                "source", source, folders.reasoner_names(), "Put a Qwen2.5-VL folder into models/reasonedit or models/LLM"
-            )
-            or True
-        )
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, source, dialogue, **_kwargs) -> str:
@@ -306,6 +365,10 @@ class LoadReasoner(io.ComfyNode):
         return folders.fingerprint([*paths, *([pack] if isinstance(pack, Path) else [])])
 
     @classmethod
-    def execute(cls, source, url, model, replies, dialogue, dtype) -> io.NodeOutput:
+    def execute(cls, source, url, model, replies, dialogue, dtype, loras=None) -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(load_reasoner(source, url=url, model=model, replies=replies, dialogue=dialogue, dtype=dtype))
+        how = {"url": url, "model": model, "replies": replies, "dialogue": dialogue, "dtype": dtype}
+        reasoner = load_reasoner(source, **how, loras=loras or ())
+        if reasoner.notes:
+            host.Watch(cls.hidden).show("\n".join(reasoner.notes))
+        return io.NodeOutput(reasoner)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +57,20 @@ EDITED = "REASONEDIT_EDITED"
 VERDICT = "REASONEDIT_VERDICT"
 HISTORY = "REASONEDIT_HISTORY"
 FLOW = "REASONEDIT_FLOW"
+LORAS = "REASONEDIT_LORAS"
 
 STEP1X = "reasonedit-s"
 
 
 # ---- values --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA file and its strength. A stack of them is a tuple, in the order in which they are applied."""
+
+    path: Path
+    strength: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ def run_edit(args: argparse.Namespace) -> int:
         dtype=dtype,
         device=str(device),
         loras=tuple(args.lora),
+        reasoner_loras=tuple(args.reasoner_lora),
         offload=args.offload,
         weights_dtype=args.weights_dtype,
         variant=args.variant,
@@ -145,8 +146,9 @@ def run_edit(args: argparse.Namespace) -> int:
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
-    loras = [[str(path), scale] for path, scale in args.lora]
-    folder.describe(dialogue=pack_record(system.pack_origin), loras=loras)
+    folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
+    if args.reasoner_lora:
+        folder.describe(reasoner_loras=_told(args.reasoner_lora))
     for note in [picture.note and f"{args.image}: {picture.note}", *system.notes]:
         if note and note not in args.spoken.texts:
             tell(note)
@@ -292,7 +294,9 @@ def _add_edit(commands) -> None:
     add = group.add_argument
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on the CPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times")
+    several = {"type": lora, "action": "append", "default": [], "metavar": "FILE[:SCALE]"}
+    add("--lora", **several, help="LoRA file or peft folder for the DiT, the MLLM or both, as its keys say; may be repeated")
+    add("--reasoner-lora", **several, help="the same for the MLLM of --reasoner qwen:DIR")
     add("--offload", choices=("none", "component", "block"), default="none", help="what waits in main memory until its turn")
     add("--weights-dtype", choices=("auto", "fp8"), default="auto", help="fp8: keep the DiT's weights in 8 bits")
     add("--variant", choices=VARIANTS, default="auto", help="of Step1X single files, whose keys do not tell v1.1 from v1.2")
@@ -389,13 +393,17 @@ def reasoner(text: str) -> str:
 
 
 def lora(text: str) -> tuple[Path, float]:
-    """An option type: FILE or FILE:SCALE."""
+    """An option type: FILE or FILE:SCALE; FILE may be a peft folder."""
     path, scale = text, "1"
-    if not Path(text).exists() and ":" in text:
+    if not Path(text).expanduser().exists() and ":" in text:
         path, scale = text.rsplit(":", 1)
-    if not Path(path).expanduser().is_file():
+    if not path or not Path(path).expanduser().exists():
         raise argparse.ArgumentTypeError(f"expected FILE[:SCALE] with a file that exists, found nothing at {path!r}")
     return Path(path).expanduser(), real(-100, 100)(scale)
+
+
+def _told(loras: Sequence[tuple[Path, float]]) -> list[list[Any]]:
+    return [[str(path), scale] for path, scale in loras]
 
 
 def _or(value, default):

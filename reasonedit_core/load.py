@@ -35,6 +35,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OnProgress = Callable[[str, int, int], None]
 """(what is being loaded, parts done, parts in all)."""
 
+Loras = tuple[tuple[Path, float], ...]
+"""(file or peft folder, scale), in the order in which they are applied."""
+
 MakeMover = Callable[[Mapping[str, torch.nn.Module], torch.device], "Mover"]
 """(components by name, device of the computation) -> what moves them: for a host with a memory management of its own."""
 
@@ -45,10 +48,11 @@ class SystemSpec:
 
     weights: a folder in a released layout (diffusers folders or single files). parts: in place of `weights`, where each part
     lies. reasoner: `qwen` (the checkpoint's own MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another
-    Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file,
-    scale). variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder, where it runs
-    inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights are then loaded
-    to the CPU. tokenizer: for a `qwen:FILE`.
+    Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file
+    or peft folder, scale), each onto the DiT or the checkpoint's MLLM as its keys say; `load_reasoner` has only an MLLM for
+    them. reasoner_loras: the same for the MLLM of a `qwen:DIR`. variant: of Step1X single files, which their keys do not tell.
+    models_dir: ComfyUI's models folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward.
+    make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
@@ -58,7 +62,7 @@ class SystemSpec:
     policy: str = "reasonedit"
     dtype: str = "auto"
     device: str | torch.device = "auto"
-    loras: tuple[tuple[Path, float], ...] = ()
+    loras: Loras = ()
     offload: str = "none"
     weights_dtype: str = "auto"
     variant: str = "auto"
@@ -68,6 +72,7 @@ class SystemSpec:
     parts: Parts | None = None
     make_mover: MakeMover | None = None
     tokenizer: Path | None = None
+    reasoner_loras: Loras = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +96,13 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class LoadedReasoner:
-    """A reasoner without an editor. mllm, mover: None where it does not run in this process."""
+    """A reasoner without an editor. mllm, mover: None where it does not run in this process. notes: sentences for the user."""
 
     reasoner: Reasoner
     pack_origin: Mapping[str, Any]
     mllm: QwenVL | None = None
     mover: Mover | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> System:
@@ -125,9 +131,11 @@ def load_reasoner(spec: SystemSpec) -> LoadedReasoner:
     settings = read_settings(root, "step1x-v1.2")
     choice = _find_pack(spec, root if kind == "qwen" else None, None)
     if kind != "qwen":
+        _refuse_reasoner_loras(spec.loras, spec.reasoner)
         return LoadedReasoner(_reasoner(spec, choice, _distant_speaker(kind, value)), _origin(choice))
-    mllm, mover = _load_speaking(spec, value, Counts())
-    return LoadedReasoner(_reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), _origin(choice), mllm, mover)
+    mllm, mover, notes = _load_speaking(spec, value, Counts(), spec.loras)
+    reasoner = _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover))
+    return LoadedReasoner(reasoner, _origin(choice), mllm, mover, tuple(notes))
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -192,7 +200,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     transformer, variant, report = load_step1x_transformer(
         parts.transformer, dtype=dtype, device=home, variant=wanted, weights_dtype=spec.weights_dtype
     )
-    lora_notes = _apply_loras(transformer, spec)
+    lora_notes = _apply_loras(spec.loras, mllm, transformer)
     progress("VAE")
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
@@ -245,7 +253,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     transformer, report = load_qwen_transformer(
         parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
     )
-    lora_notes = _apply_loras(transformer, spec)
+    lora_notes = _apply_loras(spec.loras, mllm, transformer)
     progress("VAE")
     vae, _ = load_qwen_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
@@ -282,8 +290,8 @@ SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_s
 
 def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes) -> System:
     defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
-    reasoner = _make_reasoner(spec, choice, mllm, settings, mover, counts)
-    parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), tuple(notes))
+    reasoner, more = _make_reasoner(spec, choice, mllm, settings, mover, counts)
+    parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), (*notes, *more))
     return System(spec.system, *parts, mover)
 
 
@@ -301,16 +309,19 @@ def _origin(choice: PackChoice) -> dict[str, Any]:
 
 def _make_reasoner(
     spec: SystemSpec, choice: PackChoice, mllm: QwenVL, settings: Settings, mover, counts: Counts
-) -> Reasoner | None:
+) -> tuple[Reasoner | None, list[str]]:
+    """The reasoner, and notes on its LoRAs."""
     kind, _, value = spec.reasoner.partition(":")
+    if kind == "qwen" and value:
+        mllm, mover, notes = _load_speaking(spec, value, counts, spec.reasoner_loras)
+        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), notes
+    _refuse_reasoner_loras(spec.reasoner_loras, spec.reasoner)
     if kind == "none" or (kind == "own" and not mllm.can_generate):
-        return None
+        return None, []
     if kind in ("qwen", "own"):
-        if value:
-            mllm, mover = _load_speaking(spec, value, counts)
-        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover))
+        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), []
     if kind in ("remote", "scripted") and value:
-        return _reasoner(spec, choice, _distant_speaker(kind, value))
+        return _reasoner(spec, choice, _distant_speaker(kind, value)), []
     raise ConfigError(
         f"expected a reasoner out of qwen, qwen:DIR, own, none, remote:URL, scripted:FILE, found {spec.reasoner!r}."
     )
@@ -333,13 +344,14 @@ def _distant_speaker(kind: str, value: str) -> Speaker:
     return ScriptedSpeaker.from_file(value)
 
 
-def _load_speaking(spec: SystemSpec, path: str, counts: Counts) -> tuple[QwenVL, Mover]:
-    """Another MLLM than the checkpoint's own, and its mover."""
+def _load_speaking(spec: SystemSpec, path: str, counts: Counts, loras: Loras) -> tuple[QwenVL, Mover, list[str]]:
+    """Another MLLM than the checkpoint's own, its mover, and notes on its LoRAs."""
     from .mllm.load import load_mllm
 
     dtype, device, home = _placement(spec)
     mllm = load_mllm(Path(path), dtype=dtype, device=home, tokenizer_path=spec.tokenizer, counts=counts)
-    return mllm, _mover(spec, device, mllm=mllm.model)
+    notes = _apply_loras(loras, mllm)
+    return mllm, _mover(spec, device, mllm=mllm.model), notes
 
 
 def _qwen_speaker(mllm: QwenVL, settings: Settings, mover: Mover) -> Speaker:
@@ -363,16 +375,29 @@ def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch
     )
 
 
-def _apply_loras(transformer, spec: SystemSpec) -> list[str]:
-    from .lora import apply_lora
+def _apply_loras(loras: Loras, mllm: QwenVL, transformer: torch.nn.Module | None = None) -> list[str]:
+    """Apply each LoRA to the DiT, the MLLM or both, as its keys say. Returns a sentence per file of which a part was left."""
+    from .lora import apply_lora_to
 
+    modules = ({} if transformer is None else {"dit": transformer}) | {"mllm": mllm.model}
     notes = []
-    for number, (path, scale) in enumerate(spec.loras):
-        report = apply_lora(transformer, path, scale, name=f"lora{number}")
-        if report.unmatched:
-            few = ", ".join(report.unmatched[:5])
-            notes.append(f"{path}: {len(report.unmatched)} keys of the LoRA match nothing in this model: {few}.")
+    for number, (path, scale) in enumerate(loras):
+        reports = apply_lora_to(modules, path, scale, name=f"lora{number}")
+        unmatched = next(iter(reports.values())).unmatched
+        if unmatched:
+            few = ", ".join(unmatched[:5])
+            notes.append(f"{path}: {len(unmatched)} keys of the LoRA match nothing in this model: {few}.")
+    if loras:
+        mllm.release()
     return notes
+
+
+def _refuse_reasoner_loras(loras: Loras, reasoner: str) -> None:
+    if loras:
+        raise ConfigError(
+            f"{loras[0][0]}: expected a reasoner qwen:DIR to put this LoRA onto, found {reasoner!r}. The checkpoint's own MLLM "
+            "gets its LoRAs with the editor's (--lora); other reasoners take none."
+        )
 
 
 def _find_pack(spec: SystemSpec, root: Path | None, variant: str | None) -> PackChoice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,6 +66,32 @@ def draw_sheet(trace: EditTrace, pictures: list[Image.Image], note: str = "") ->
             left = MARGIN + (i - row[0]) * (CARD + GAP)
             is_best = i == (0 if trace.best is None else trace.best + 1)
             _paste_card(page, cards[i], pictures[i], (left, top, CARD, height), box, is_best)
+        top += height + GAP
+    _write(page, foot, MARGIN, top)
+    return page
+
+
+def draw_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], note: str = "") -> Image.Image:
+    """A page of rows, each some words above pictures with their captions. Pictures of any mode and size; rows may be ragged."""
+    columns = max((len(pictures) for _, pictures in rows), default=1)
+    inner, step = CARD - 2 * PAD, CARD + GAP
+    width = 2 * MARGIN + columns * step - GAP
+    head = _paragraph(title, 27, INK, width - 2 * MARGIN, 3)
+    foot = _paragraph(note, 15, SOFT, width - 2 * MARGIN, 3)
+    words = [_paragraph(text, 16, INK, width - 2 * MARGIN, 4) for text, _ in rows]
+    boxes = [_picture_height(pictures[0][1]) if pictures else 0 for _, pictures in rows]
+    heights = [_height(lines) + 8 + box + 2 * PAD + 22 for lines, box in zip(words, boxes, strict=True)]
+    top = MARGIN + _height(head) + 20
+    page = Image.new("RGB", (width, top + sum(heights) + GAP * len(rows) + _height(foot) + MARGIN), PAPER)
+    _write(page, head, MARGIN, MARGIN)
+    for (_, pictures), lines, box, height in zip(rows, words, boxes, heights, strict=True):
+        _write(page, lines, MARGIN, top)
+        y = top + _height(lines) + 8
+        for column, (caption, picture) in enumerate(pictures):
+            left = MARGIN + column * step
+            _rounded(page, (left, y, CARD, box + 2 * PAD + 22), WHITE, 14)
+            _picture(page, picture, (left + PAD, y + PAD, inner, box))
+            _write(page, _paragraph(caption, 14, SOFT, inner, 1), left + PAD, y + PAD + box + 4)
         top += height + GAP
     _write(page, foot, MARGIN, top)
     return page

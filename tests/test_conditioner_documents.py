@@ -117,6 +117,14 @@ def test_documents_need_no_weights(system):
         assert found.kept == expected.kept and found.grids == expected.grids
 
 
+def test_positions_are_exact_where_training_computes_in_bfloat16():
+    maker = make("v1.2")
+    expected = maker.document(picture(), "turn it red").place
+    with torch.autocast("cpu", torch.bfloat16):
+        found = maker.document(picture(), "turn it red").place
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_unseen_features_count_and_place_a_picture():
     maker = make("v1.2")
     patches = maker.document(picture(), "red").patches[0]

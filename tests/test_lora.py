@@ -383,7 +383,7 @@ class TestStatedAlpha:
 
     @pytest.mark.parametrize(
         ("config", "words"),
-        [({"peft_type": "LOKR"}, "found LOKR"), ({"peft_type": "LORA", "use_dora": True}, "found DoRA")],
+        [({"peft_type": "LOKR"}, "found LOKR"), ({"peft_type": "LORA", "use_dora": True}, "expected the magnitudes")],
     )
     def test_other_adapters(self, tmp_path, qwen, config, words):
         self.file(qwen, tmp_path / "l" / "adapter_model.safetensors")
@@ -395,6 +395,185 @@ class TestStatedAlpha:
         file = self.file(qwen, tmp_path / "x.safetensors", lora_adapter_metadata="nonsense")
         with pytest.raises(CheckpointError, match="lora_adapter_metadata"):
             merge_lora(qwen, file)
+
+
+def dora_by_hand(weight, down, up, gain, magnitude, axis, scale=1.0, bare=False):
+    """W + scale * (m * (W + D) / |.| - W), the norm over rows (axis 1) or columns (axis 0)."""
+    moved = weight + gain * up @ down
+    norm = (weight if bare else moved).square().sum(axis, keepdim=True).sqrt()
+    return weight + scale * (magnitude * moved / norm - weight)
+
+
+class TestDora:
+    """The weight's rows (or columns) get a length of their own; the LoRA turns them."""
+
+    NAMES = (TO_Q, MLP)
+
+    def file(self, module, path: Path, *, axis: int = 1, form: str = "dora_scale", **metadata: str) -> Path:
+        state = {}
+        for name in self.NAMES:
+            down, up = pair(module, name)
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(ALPHA)}
+            rows = self.magnitude(module, name, axis)
+            state[f"{name}.{form}"] = rows if form == "dora_scale" else rows[:, 0]
+        return write(path, state, **metadata)
+
+    def magnitude(self, module, name: str, axis: int = 1) -> torch.Tensor:
+        out, ins = find_linears(module)[name].weight.shape
+        return draw(name + "magnitude", *((out, 1) if axis == 1 else (1, ins))).abs() + 1
+
+    def expected(self, module, name: str, **how) -> torch.Tensor:
+        axis = how.pop("axis", 1)
+        weight = find_linears(module)[name].weight.detach().clone()
+        return dora_by_hand(weight, *pair(module, name), ALPHA / RANK, self.magnitude(module, name, axis), axis, **how)
+
+    @pytest.mark.parametrize("axis", [1, 0])
+    @pytest.mark.parametrize("scale", [1.0, 0.25, -0.5])
+    def test_merged_by_the_formula(self, tmp_path, qwen, axis, scale):
+        expected = {name: self.expected(qwen, name, axis=axis, scale=scale) for name in self.NAMES}
+        report = merge_lora(qwen, self.file(qwen, tmp_path / "x.safetensors", axis=axis), scale)
+        assert close({name: weights(qwen)[name] for name in self.NAMES}, expected)
+        assert (report.matched, report.unmatched) == (2, ())
+
+    @pytest.mark.parametrize(
+        "form", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"]
+    )
+    def test_forms_of_peft(self, tmp_path, qwen, form):
+        expected = self.expected(qwen, TO_Q)
+        merge_lora(qwen, self.file(qwen, tmp_path / "x.safetensors", form=form))
+        assert torch.allclose(weights(qwen)[TO_Q], expected, atol=1e-5)
+
+    def test_our_own_files_divide_by_the_bare_weight_as_comfyui_does(self, tmp_path, qwen):
+        expected = self.expected(qwen, TO_Q, bare=True)
+        assert not torch.allclose(expected, self.expected(qwen, TO_Q), atol=1e-3)
+        merge_lora(qwen, self.file(qwen, tmp_path / "x.safetensors", **{"reasonedit.dora_norm": "weight"}))
+        assert torch.allclose(weights(qwen)[TO_Q], expected, atol=1e-5)
+
+    @pytest.mark.parametrize("axis", [1, 0])
+    def test_adapters_equal_the_merge_in_every_order(self, tmp_path, qwen, axis):
+        """A DoRA sees what the LoRAs before it made of the weight, whether they were merged or stand beside it."""
+        plain = two_pairs(qwen, tmp_path / "a.safetensors", rank=3)
+        dora = self.file(qwen, tmp_path / "b.safetensors", axis=axis)
+        for order in ([dora], [plain, dora], [dora, plain], [dora, dora], [plain, dora, plain, dora]):
+            one, other = (load_qwen_transformer(tiny_checkpoint("qwen-edit"), dtype=torch.float32)[0] for _ in range(2))
+            before = forward(one)
+            for path in order:
+                apply_lora(one, path, 0.6)
+                merge_lora(other, path, 0.6)
+            assert (forward(one) - before).abs().max() > 1e-3
+            assert (forward(one) - forward(other)).abs().max() < 1e-5
+
+    def test_equal_to_pefts_own_layers(self, tmp_path, qwen):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        other = load_qwen_transformer(tiny_checkpoint("qwen-edit"), dtype=torch.float32)[0]
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=True, target_modules=[TO_Q, MLP])
+        inject_adapter_in_model(config, other)
+        for name in self.NAMES:
+            layer = other.get_submodule(name)
+            down, up = pair(qwen, name)
+            layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = down, up
+            layer.lora_magnitude_vector["default"].weight.data = self.magnitude(qwen, name)[:, 0]
+        apply_lora(qwen, self.file(qwen, tmp_path / "x.safetensors"))
+        assert (forward(qwen) - forward(other.eval())).abs().max() < 1e-5
+
+    def test_fp8_rows_take_it_in_their_scales(self, tmp_path, qwen):
+        quantize_linears(qwen)
+        layer = find_linears(qwen)[TO_Q]
+        stored, bits = dequantize_tensor(layer.weight, layer.weight_scale, torch.float32), layer.weight.clone()
+        path = self.file(qwen, tmp_path / "x.safetensors")
+        expected = dora_by_hand(stored, *pair(qwen, TO_Q), ALPHA / RANK, self.magnitude(qwen, TO_Q), 1, 0.5)
+        x = draw("x", 3, 32)
+        apply_lora(qwen, path, 0.5)
+        wrapped = qwen.get_submodule(TO_Q)
+        assert torch.allclose(wrapped(x), nn.functional.linear(x, expected, layer.bias), atol=1e-4)
+        assert torch.equal(wrapped.base_layer.weight.view(torch.uint8), bits.view(torch.uint8)), "nothing is rounded"
+
+    def test_fp8_columns_are_refused_before_anything_changes(self, tmp_path, qwen):
+        quantize_linears(qwen, only=(MLP,))
+        before = weights(qwen)
+        with pytest.raises(ConfigError, match=r"x\.safetensors.*DoRA over columns.*net\.2.*in full"):
+            apply_lora(qwen, self.file(qwen, tmp_path / "x.safetensors", axis=0))
+        assert torch.equal(before[TO_Q], weights(qwen)[TO_Q])
+
+    def test_fused_rows_are_split_and_fused_columns_refused(self, tmp_path, step1x):
+        original, alpha = "double_blocks.1.img_attn.qkv", {"double_blocks.1.img_attn.qkv.alpha": torch.tensor(ALPHA)}
+        parts = keymaps.step1x_modules(original)
+        ins = step1x.get_submodule(parts[0]).in_features
+        outs = [step1x.get_submodule(part).out_features for part in parts]
+        down, up, rows = draw("d", RANK, ins), draw("u", sum(outs), RANK), draw("m", sum(outs), 1).abs() + 1
+        state = {f"{original}.lora_down.weight": down, f"{original}.lora_up.weight": up, **alpha}
+        fused = torch.cat([step1x.get_submodule(part).weight.detach() for part in parts])
+        merge_lora(step1x, write(tmp_path / "x.safetensors", state | {f"{original}.dora_scale": rows}))
+        merged = torch.cat([step1x.get_submodule(part).weight for part in parts])
+        assert torch.allclose(merged, dora_by_hand(fused, down, up, ALPHA / RANK, rows, 1), atol=1e-5)
+        with pytest.raises(CheckpointError, match="as the weight is fused"):
+            merge_lora(step1x, write(tmp_path / "y.safetensors", state | {f"{original}.dora_scale": torch.ones(1, ins)}))
+
+    @pytest.mark.parametrize(
+        ("extra", "words"),
+        [
+            ({f"{TO_Q}.dora_scale": torch.ones(31, 1)}, r"magnitude of shape \(32, 1\) or \(1, 32\), found \(31, 1\)"),
+            ({f"{TO_Q}.lora_magnitude_vector": torch.ones(32)}, "expected one magnitude"),
+        ],
+    )
+    def test_bad_magnitudes(self, tmp_path, qwen, extra, words):
+        down, up = pair(qwen, TO_Q)
+        state = {f"{TO_Q}.lora_A.weight": down, f"{TO_Q}.lora_B.weight": up, f"{TO_Q}.dora_scale": torch.ones(32, 1)}
+        with pytest.raises(CheckpointError, match=words):
+            apply_lora(qwen, write(tmp_path / "x.safetensors", state | extra))
+
+
+class TestWholeTensors:
+    """Parameters that were trained whole (a connector) travel in the LoRA's file."""
+
+    def state(self, module) -> Deltas:
+        down, up = pair(module, TO_Q)
+        state = {f"diffusion_model.{TO_Q}.lora_A.weight": down, f"diffusion_model.{TO_Q}.lora_B.weight": up}
+        state["diffusion_model.txt_in.set_weight"] = draw("w", *module.txt_in.weight.shape)
+        state["diffusion_model.txt_in.bias.set_weight"] = draw("b", *module.txt_in.bias.shape)
+        state["diffusion_model.txt_norm.set_weight"] = draw("n", *module.txt_norm.weight.shape)
+        return state
+
+    @pytest.mark.parametrize("apply", [apply_lora, merge_lora])
+    @pytest.mark.parametrize("scale", [1.0, 0.5])
+    def test_they_replace_or_approach_the_parameters(self, tmp_path, qwen, apply, scale):
+        state, old = self.state(qwen), qwen.txt_in.weight.detach().clone()
+        report = apply(qwen, write(tmp_path / "x.safetensors", state), scale)
+        assert set(report.whole) == {"txt_in.weight", "txt_in.bias", "txt_norm.weight"} and report.unmatched == ()
+        assert torch.allclose(qwen.txt_in.weight, old + scale * (draw("w", *old.shape) - old), atol=1e-6)
+        if scale == 1:
+            assert torch.equal(qwen.txt_in.bias, state["diffusion_model.txt_in.bias.set_weight"])
+            assert torch.equal(qwen.txt_norm.weight, state["diffusion_model.txt_norm.set_weight"])
+
+    def test_below_an_adapter_and_alone(self, tmp_path, qwen):
+        apply_lora(qwen, two_pairs(qwen, tmp_path / "a.safetensors"))
+        new = draw("w", 32, 32)
+        report = apply_lora(qwen, write(tmp_path / "x.safetensors", {f"{TO_Q}.set_weight": new}))
+        assert torch.equal(qwen.get_submodule(TO_Q).base_layer.weight, new)
+        assert (report.matched, report.name, report.whole) == (0, "", (f"{TO_Q}.weight",))
+
+    def test_in_a_peft_folder_they_stand_in_a_file_of_their_own(self, tmp_path, qwen):
+        state = self.state(qwen)
+        lora = {f"base_model.model.{key.split('.', 1)[1]}": value for key, value in state.items() if "lora" in key}
+        write(tmp_path / "adapter_model.safetensors", lora)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": ALPHA, "r": RANK}))
+        write(tmp_path / "whole.safetensors", {key.split(".", 1)[1]: v for key, v in state.items() if "lora" not in key})
+        before = weights(qwen)[TO_Q]
+        report = merge_lora(qwen, tmp_path)
+        down, up = pair(qwen, TO_Q)
+        assert torch.allclose(weights(qwen)[TO_Q], before + ALPHA / RANK * up @ down, atol=1e-5) and len(report.whole) == 3
+        (tmp_path / "adapter_config.json").unlink()
+        (tmp_path / "adapter_model.safetensors").unlink()
+        assert apply_lora(qwen, tmp_path).matched == 0, "a folder may hold nothing but them"
+
+    def test_what_does_not_fit_is_refused(self, tmp_path, qwen):
+        with pytest.raises(CheckpointError, match=r"expected \(32, 64\) for txt_in.weight, found \(1, 1\)"):
+            apply_lora(qwen, write(tmp_path / "x.safetensors", {"txt_in.set_weight": torch.ones(1, 1)}))
+        quantize_linears(qwen, only=(MLP,))
+        shape = find_linears(qwen)[MLP].weight.shape
+        with pytest.raises(ConfigError, match="a whole tensor cannot be applied to fp8"):
+            apply_lora(qwen, write(tmp_path / "y.safetensors", {f"{MLP}.set_weight": torch.ones(shape)}))
 
 
 class TestNothingInSilence:
@@ -427,8 +606,6 @@ class TestNothingInSilence:
         [
             (("lokr_w1", "lokr_w2"), "LoKr"),
             (("hada_w1_a",), "LoHa"),
-            (("lora_A.weight", "lora_B.weight", "dora_scale"), "DoRA"),
-            (("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"), "DoRA"),
             (("lora_down.weight", "lora_up.weight", "lora_mid.weight"), "LoCon"),
             (("oft_blocks",), "OFT"),
         ],

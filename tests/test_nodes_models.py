@@ -23,6 +23,8 @@ from reasonedit.tests.tiny import tiny_checkpoint
 install_host()
 
 from reasonedit.nodes import folders, host  # noqa: E402
+from reasonedit.nodes import models as node_models  # noqa: E402
+from reasonedit.nodes.sockets import Lora  # noqa: E402
 
 
 class Recorder:
@@ -229,3 +231,94 @@ def test_the_tokenizer_of_a_single_file(models, monkeypatch):
     (file.with_suffix("") / "vocab.json").write_text("{}")
     assert folders.tokenizer_for(file) == file.with_suffix("")
     assert folders.tokenizer_for(models / "LLM") is None
+
+
+# ---- LoRAs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loras(models, monkeypatch):
+    """A models folder with a LoRA of transformer and MLLM, and a PEFT folder of the MLLM."""
+    place = models / "loras"
+    (place / "tuned").mkdir(parents=True)
+    (models / "reasonedit" / "dialogue" / "own.toml").unlink()
+    q = "layers.0.self_attn.q_proj"
+    pair = {"lora_A.weight": torch.full((2, 64), 0.1), "lora_B.weight": torch.full((64, 2), 0.1)}
+    mllm = {f"text_encoders.qwen25_7b.transformer.model.{q}.{end}": value for end, value in pair.items()}
+    to_q = "diffusion_model.transformer_blocks.0.attn.to_q"
+    dit = {f"{to_q}.lora_A.weight": torch.full((2, 32), 0.1), f"{to_q}.lora_B.weight": torch.full((32, 2), 0.1)}
+    save_file(dit | mllm, place / "both.safetensors")
+    save_file({f"base_model.model.{q}.{end}": v for end, v in pair.items()}, place / "tuned" / "adapter_model.safetensors")
+    (place / "tuned" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    listed = ["both.safetensors", "tuned/adapter_model.safetensors", "tuned/whole.safetensors", "old.pt"]
+    kinds = {"loras": listed, "diffusion_models": ["a.safetensors"]}
+    monkeypatch.setattr(host, "files", lambda key: kinds.get(key, []))
+    monkeypatch.setattr(host, "models_dir", lambda: models)
+    monkeypatch.setattr(host, "choose_dtype", lambda name: "float32")
+    monkeypatch.setattr(host, "compute_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(memory, "ComfyMover", HostMover)
+    return place
+
+
+class HostMover(Recorder):
+    """A mover that is told what to call when a component leaves."""
+
+    def on_unload(self, component, release):
+        assert component in self.modules
+
+
+BOTH, TUNED = "loras/both.safetensors", "loras/tuned/adapter_model.safetensors"
+
+
+def stack(*names: str, strength: float = 0.5):
+    """What a chain of LoRA nodes gives."""
+    found = None
+    for name in names:
+        (found,) = node_models.LoRA.execute(name, strength, found).result
+    return found
+
+
+def test_the_lora_node_lists_files_and_stacks_them(loras):
+    assert folders.lora_names() == [BOTH, TUNED], "neither other formats nor the whole tensors of a PEFT folder"
+    assert stack(BOTH, TUNED) == (
+        Lora(loras / "both.safetensors", 0.5),
+        Lora(loras / "tuned" / "adapter_model.safetensors", 0.5),
+    )
+    with pytest.raises(ConfigError, match="Put one into models/loras"):
+        stack(folders.NO_LORA)
+    with pytest.raises(ConfigError, match="expected 'gone.safetensors' below models/loras"):
+        stack("loras/gone.safetensors")
+
+
+def test_the_lora_node_sees_a_changed_file_and_a_changed_configuration(loras):
+    before = {name: node_models.LoRA.fingerprint_inputs(name) for name in (BOTH, TUNED)}
+    (loras / "tuned" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16}))
+    after = {name: node_models.LoRA.fingerprint_inputs(name) for name in (BOTH, TUNED)}
+    assert before[BOTH] == after[BOTH] and before[TUNED] != after[TUNED]
+
+
+def linear(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name)
+
+
+IN_DIT, IN_MLLM = "transformer_blocks.0.attn.to_q", "model.language_model.layers.0.self_attn.q_proj"
+
+
+def test_the_editor_takes_loras_of_both_parts(loras, monkeypatch):
+    how = {"dialogue": "auto", "dtype": "auto", "weights_dtype": "auto", "variant": "auto"}
+    editor, reasoner = node_models.load_editor("reasonedit/S", *[folders.FROM_CHECKPOINT] * 2, **how, loras=stack(BOTH))
+    layers = linear(editor.generator.denoiser.transformer, IN_DIT), linear(editor.mllm.model, IN_MLLM)
+    assert [layer.scaling["lora0"] for layer in layers] == [0.5, 0.5]
+    assert reasoner.mllm is editor.mllm
+    plain, _ = node_models.load_editor("reasonedit/S", *[folders.FROM_CHECKPOINT] * 2, **how)
+    assert not hasattr(linear(plain.mllm.model, IN_MLLM), "lora_A")
+
+
+def test_the_reasoner_takes_loras_of_the_mllm_and_tells_what_was_left(loras):
+    how = {"url": "", "model": "", "replies": "", "dialogue": "auto", "dtype": "auto"}
+    reasoner = node_models.load_reasoner("reasonedit/VL", **how, loras=stack(TUNED, BOTH))
+    layer = linear(reasoner.mllm.model, IN_MLLM)
+    assert layer.scaling == {"lora0": 0.5 * 4 / 2, "lora1": 0.5}
+    assert len(reasoner.notes) == 1 and "2 keys of the LoRA match nothing" in reasoner.notes[0]
+    with pytest.raises(ConfigError, match="loras: expected none with 'scripted replies'"):
+        node_models.load_reasoner(folders.SCRIPTED, **how, loras=stack(TUNED))

@@ -324,6 +324,7 @@ def quotes_v1x(text: str, skip: int = 0) -> list[Span]:
     return spans
 
 
+@torch.autocast("cpu", enabled=False)  # positions are exact in float32, also where training runs in bfloat16
 def text_positions(
     temporal: torch.Tensor, is_picture: torch.Tensor, features: VisionFeatures, size: tuple[int, int]
 ) -> torch.Tensor:
