@@ -23,6 +23,9 @@ from typing import Any
 
 import pytest
 
+from reasonedit.reasonedit_core.demo import draw_picture
+from reasonedit.tests.tiny import tiny_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
 RUN_S = 120
@@ -36,6 +39,37 @@ def comfyui_path() -> Path:
     if not (Path(path) / "main.py").is_file():
         pytest.fail(f"COMFYUI_PATH: expected a ComfyUI checkout with main.py, found none at {path}")
     return Path(path)
+
+
+SMALL = {"conditioner_pixels": [3136, 6272], "reasoner_pixels": [3136, 6272], "size_level": 64, "steps": 2}
+"""Settings that keep the pictures of a tiny checkpoint small."""
+
+
+def fill(base: Path) -> None:
+    """Put tiny checkpoints and a picture below `base`, under the names that our workflows use."""
+    _copy(tiny_checkpoint("step1x-v1p2", std=0.2), base / "models" / "reasonedit" / "reasonedit-s")
+    _copy(tiny_checkpoint("qwen-edit-plus", std=0.2), base / "models" / "reasonedit" / "reasonedit-q")
+    files, mllm = tiny_checkpoint("comfy-qwen-files", std=0.2), tiny_checkpoint("qwen2.5-vl", std=0.2)
+    for kind, name in (
+        ("diffusion_models", "qwen_image_edit_2509_fp8_e4m3fn"),
+        ("text_encoders", "qwen_2.5_vl_7b_fp8_scaled"),
+        ("vae", "qwen_image_vae"),
+    ):
+        (source,) = (files / kind).glob("*.safetensors")
+        beside = base / "models" / kind / name
+        beside.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, beside.parent / f"{name}.safetensors")
+        if kind == "diffusion_models":
+            (beside / "reasonedit.json").write_text(json.dumps(SMALL))
+        if kind == "text_encoders":  # the words of the tiny MLLM are not those that ComfyUI carries
+            shutil.copytree(mllm, beside, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    (base / "input").mkdir(exist_ok=True)
+    draw_picture(96, 64).save(base / "input" / "example.png")
+
+
+def _copy(origin: Path, place: Path) -> None:
+    shutil.copytree(origin, place)
+    (place / "reasonedit.json").write_text(json.dumps(SMALL))
 
 
 class ComfyServer:
@@ -58,6 +92,8 @@ class ComfyServer:
         command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
         command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", *flags]
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # Large blocks go back to the system at once, so that resident memory says what is held.
+        env |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=comfyui_path(), env=env, stdout=log, stderr=subprocess.STDOUT)
 

@@ -1,4 +1,6 @@
-"""The pack's own nodes in a real ComfyUI, on a tiny checkpoint: the loop in a graph, the auto loop and the script agree."""
+"""The pack's own nodes in a real ComfyUI, on tiny checkpoints of both systems: the loop in a graph, the auto loop and the
+script agree; the workflows that come with the pack run; a cancelled run ends at once; memory stays flat.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,16 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from reasonedit.tests.comfy_server import ROOT, ComfyServer, comfyui_path
-from reasonedit.tests.tiny import tiny_checkpoint
+from reasonedit.reasonedit_core.demo import draw_picture
+from reasonedit.tests.comfy_server import ROOT, ComfyServer, Events, comfyui_path, fill
+from reasonedit.tests.workflow_files import CORE, FOLDER, NAMES, facts_of_info, faults, load, to_prompt
 
 TESTS = Path(__file__).resolve().parent
 
@@ -21,8 +27,6 @@ def consistency(score: float, meets: str) -> str:
     keys = {"meets_instruction": meets, "major_conflicts": 0, "minor_conflicts": 0, "omissions": 0}
     return json.dumps({**keys, "raw_score": score, "reason": "because"})
 
-
-SMALL = {"conditioner_pixels": [3136, 6272], "reasoner_pixels": [3136, 6272]}
 
 REPLIES = {
     "think": ["Cover the ground with snow."],
@@ -54,8 +58,8 @@ from reasonedit.reasonedit_core.reasoners.scripted import ScriptedSpeaker
 from reasonedit.reasonedit_core.reasoners.reasoner import PackReasoner
 from reasonedit.reasonedit_core.dialogue.prompts import default_pack
 from reasonedit.reasonedit_core.types import EditRequest
-weights, replies, values, seed = json.loads(sys.argv[1])
-system = load_system(SystemSpec("reasonedit-s", weights, reasoner="own", device="cpu", dtype="float32"))
+name, weights, replies, values, seed = json.loads(sys.argv[1])
+system = load_system(SystemSpec(name, weights, reasoner="own", device="cpu", dtype="float32"))
 speaker = ScriptedSpeaker(replies)
 image = torch.full((1, 3, 48, 64), 0.5)
 request = EditRequest(image, "make it winter", seed=seed, steps=values["steps"], guidance=values["guidance"],
@@ -68,24 +72,13 @@ print(hashlib.sha256(pictures.numpy().tobytes()).hexdigest(), len(trace.rounds),
 
 @pytest.fixture(scope="module", params=["classic", "lru"])
 def server(request, tmp_path_factory):
-    """A server that finds the tiny checkpoint in models/reasonedit."""
+    """A server that finds the tiny checkpoints under the names of the workflows."""
     comfyui_path()
     base = tmp_path_factory.mktemp("comfy")
-    _weights(base)
+    fill(base)
     flags = ["--cache-lru", "50"] if request.param == "lru" else []
-    with ComfyServer(base, *flags, packs={"fake_body": TESTS / "fake_body.py"}) as running:
+    with ComfyServer(base, "--preview-method", "auto", *flags, packs={"fake_body": TESTS / "fake_body.py"}) as running:
         yield running
-
-
-def _weights(base: Path) -> Path:
-    """The tiny checkpoint with settings that keep the MLLM's pictures small; its files are linked."""
-    folder = base / "models" / "reasonedit" / "tiny-s"
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        for path in tiny_checkpoint("step1x-v1p2").iterdir():
-            (folder / path.name).symlink_to(path)
-        (folder / "reasonedit.json").write_text(json.dumps(SMALL))
-    return folder
 
 
 def defaults_of(info: dict, kind: str) -> dict:
@@ -100,7 +93,7 @@ def defaults_of(info: dict, kind: str) -> dict:
     return values
 
 
-def graph(info: dict) -> dict[str, dict]:
+def graph(info: dict, system: str) -> dict[str, dict]:
     """Loaders, the loop as an artist wires it, and the auto loop beside it."""
 
     def node(kind, **inputs):
@@ -109,7 +102,7 @@ def graph(info: dict) -> dict[str, dict]:
     scripted = {"source": "scripted replies", "replies": json.dumps(REPLIES), "dialogue": "english"}
     return {
         "10": {"class_type": "Test_Paint", "inputs": {"value": 0.5, "count": 1, "channels": 3, "height": 48, "width": 64}},
-        "11": node("LoadEditor", checkpoint="reasonedit/tiny-s", dtype="float32"),
+        "11": node("LoadEditor", checkpoint=f"reasonedit/{system}", dtype="float32"),
         "12": node("LoadReasoner", **scripted),
         "2": node("LoopOpen", image=["10", 0], instruction="make it winter", seed=SEED),
         "3": node("Think", reasoner=["12", 0], image=["2", 1], instruction=["2", 2], history=["2", 3], seed=SEED),
@@ -150,9 +143,10 @@ def graph(info: dict) -> dict[str, dict]:
     }
 
 
-def test_graph_auto_loop_and_script_make_the_same_bits(server):
+@pytest.mark.parametrize("system", ["reasonedit-s", "reasonedit-q"])
+def test_graph_auto_loop_and_script_make_the_same_bits(server, system):
     info = server.get("/object_info")
-    prompt = graph(info)
+    prompt = graph(info, system)
     run = server.run(prompt)
     assert run.end == "execution_success", (run.told or run.reply, server.text()[-3000:])
     wired, auto = run.outputs["8"], run.outputs["21"]
@@ -163,7 +157,8 @@ def test_graph_auto_loop_and_script_make_the_same_bits(server):
     assert len([e for e in run.of("executed") if e["display_node"] == "7"]) == 2
     assert {e["display_node_id"] for e in run.of("binary") if e["kind"] == 4} <= {"4", "20"}
 
-    asked = json.dumps([str(_weights(server.base)), REPLIES, VALUES, SEED])
+    weights = server.base / "models" / "reasonedit" / system
+    asked = json.dumps([system, str(weights), REPLIES, VALUES, SEED])
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     env = {**os.environ, "PYTHONPATH": str(_as_package(server.base)), "OMP_NUM_THREADS": "1"}
     script = subprocess.run([python, "-c", SCRIPT, asked], env=env, capture_output=True, text=True, timeout=120)
@@ -181,3 +176,137 @@ def _as_package(base: Path) -> Path:
     if not (folder / "reasonedit").exists():
         (folder / "reasonedit").symlink_to(ROOT, target_is_directory=True)
     return folder
+
+
+# ---- the workflows that come with the pack -------------------------------------------------------------------------------
+
+
+def prompt_of(name: str, **changed) -> dict[str, dict]:
+    """A workflow in API format, cheap: few steps, few pixels. changed: inputs to be set wherever a node has them."""
+    prompt = load(FOLDER / "api" / f"{name}.json")
+    for entry in prompt.values():
+        for key, value in {"steps": 2, "size": 64, **changed}.items():
+            if key in entry["inputs"]:
+                entry["inputs"][key] = value
+    return prompt
+
+
+def node_of(prompt: dict[str, dict], kind: str) -> str:
+    """Id of the one node of a class."""
+    (node,) = [node for node, entry in prompt.items() if entry["class_type"] == f"ReasonEdit_{kind}"]
+    return node
+
+
+def scripted(info: dict, prompt: dict[str, dict], **replies: list[str]) -> dict[str, dict]:
+    """The prompt with recorded replies in place of the checkpoint's own reasoner."""
+    values = {**defaults_of(info, "ReasonEdit_LoadReasoner"), "source": "scripted replies", "dialogue": "english"}
+    values["replies"] = json.dumps({**REPLIES, **replies})
+    for entry in prompt.values():
+        if "reasoner" in entry["inputs"]:
+            entry["inputs"]["reasoner"] = ["script", 0]
+    return {**prompt, "script": {"class_type": "ReasonEdit_LoadReasoner", "inputs": values}}
+
+
+def test_the_workflows_name_what_this_comfyui_has(server):
+    known = {name: facts_of_info(entry) for name, entry in server.get("/object_info").items()}
+    for name, facts in CORE.items():
+        assert (facts.inputs[0].name, facts.outputs) == (known[name].inputs[0].name, known[name].outputs), name
+    for name in NAMES:
+        prompt = load(FOLDER / "api" / f"{name}.json")
+        assert faults(prompt, known) == []
+        drawn = to_prompt(load(FOLDER / f"{name}.json"), known)
+        assert {n: e["inputs"] for n, e in drawn.items()} == {n: e["inputs"] for n, e in prompt.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_runs_as_it_is(server, name):
+    prompt = prompt_of(name)
+    run = server.run(prompt)
+    assert run.end == "execution_success", (run.told or run.reply, server.text()[-3000:])
+    shows = {node for node, entry in prompt.items() if entry["class_type"] in ("PreviewAny", "PreviewImage")}
+    shows |= {node for node, entry in prompt.items() if entry["class_type"].endswith(("ShowTrace", "SaveTrace"))}
+    assert shows <= set(run.outputs) and all(run.outputs[node].get("images") or run.outputs[node].get("text") for node in shows)
+
+
+@pytest.mark.parametrize("name", ["loop_reasonedit_s", "loop_reasonedit_q"])
+def test_a_loop_workflow_stops_early_and_keeps_its_rounds(server, name):
+    info = server.get("/object_info")
+    prompt = scripted(info, prompt_of(name, seed=21, max_rounds=4))
+    show, close = node_of(prompt, "ShowTrace"), node_of(prompt, "LoopClose")
+    run = server.run(prompt)
+    (text,) = run.outputs[show]["text"]
+    assert run.end == "execution_success" and "Round 2, best" in text and "Round 3" not in text, run.told
+    (looked,) = [node for node, entry in prompt.items() if entry["class_type"] == "PreviewImage"]
+    assert len([event for event in run.of("executed") if event["display_node"] == looked]) == 2
+    assert ran(server.run(prompt)) == set()
+    prompt[close]["inputs"]["max_rounds"] = 1
+    assert not {"ReasonEdit_Think", "ReasonEdit_Edit", "ReasonEdit_Reflect"} & kinds(server.run(prompt), prompt)
+
+
+def ran(run) -> set[str]:
+    """The nodes that ran, by what they show on, but for those that write files."""
+    return {event["display_node"] for event in run.of("executing") if event.get("display_node")}
+
+
+def kinds(run, prompt: dict[str, dict]) -> set[str]:
+    """Classes of the nodes that ran."""
+    return {prompt[node]["class_type"] for node in ran(run) if node in prompt}
+
+
+def test_a_missing_checkpoint_is_told_of_in_comfyuis_own_words(server):
+    gone = {"checkpoint": "reasonedit/gone", "source": "reasonedit/gone", "dialogue": "dialogue/gone.toml"}
+    for name, kind, key in (
+        ("loop_reasonedit_s", "LoadEditor", "checkpoint"),
+        ("think_only", "LoadReasoner", "source"),
+        ("reflect_only", "LoadReasoner", "dialogue"),
+    ):
+        prompt = prompt_of(name)
+        node = node_of(prompt, kind)
+        prompt[node]["inputs"][key] = gone[key]
+        (fault,) = server.run(prompt).reply["node_errors"][node]["errors"]
+        assert fault["type"] == "value_not_in_list" and fault["extra_info"]["input_name"] == key
+        assert f"{key}: '{gone[key]}' not in" in fault["details"]
+
+
+@pytest.mark.parametrize("where", ["Think", "Edit", "Reflect"])
+def test_cancel_ends_a_token_and_a_step_within_a_second(server, where):
+    """The checkpoint's own MLLM speaks; in Edit the cancel falls into the second round."""
+    info, seed = server.get("/object_info"), {"Think": 31, "Edit": 32, "Reflect": 33}[where]
+    prompt = prompt_of("loop_reasonedit_s", seed=seed, instruction=f"something new for {where}", steps=200)
+    if where == "Edit":
+        prompt = scripted(info, prompt)
+    else:
+        prompt[node_of(prompt, "Edit")]["inputs"]["steps"] = 2
+    node, counts, cancelled, ended = node_of(prompt, where), Counter(), [], []
+
+    def cancel(run):
+        event = run.events[-1]
+        if event["type"] == "execution_interrupted":
+            ended.append(time.monotonic())
+        if event["type"] != "binary" or cancelled:
+            return
+        told = event["data"]
+        counts[told["kind"], told.get("display_node_id") or told.get("node")] += 1
+        if counts[Events.PREVIEW_META, node] > 250 or counts[Events.TEXT, node]:
+            cancelled.append(time.monotonic())
+            server.post("/interrupt")
+
+    run = server.run(prompt, on_event=cancel)
+    assert run.end == "execution_interrupted" and ended[0] - cancelled[0] < 1, (run.end, ended, cancelled)
+    assert server.run(prompt_of("think_only")).end == "execution_success", "the flag is taken back"
+
+
+@pytest.mark.parametrize("name", ["loop_reasonedit_s", "loop_reasonedit_q"])
+def test_memory_stays_flat_over_twenty_runs(server, name):
+    """A picture is 5 MB, and each run makes several: one that is kept in every run is seen."""
+    draw_picture(768, 512).save(server.base / "input" / "large.png")
+    info, sizes = server.get("/object_info"), []
+    for seed in range(26):
+        prompt = scripted(info, prompt_of(name, seed=100 + 10 * seed))
+        for entry in prompt.values():
+            if entry["class_type"] == "LoadImage":
+                entry["inputs"]["image"] = "large.png"
+        run = server.run(prompt)
+        assert run.end == "execution_success" and "ReasonEdit_Edit" in kinds(run, prompt), run.told
+        sizes.append(server.rss())
+    assert median(sizes[-6:]) - median(sizes[4:10]) < 20e6, [size // 1_000_000 for size in sizes]
