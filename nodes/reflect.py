@@ -121,7 +121,11 @@ class Reflect(io.ComfyNode):
                     display_name="next instruction",
                     tooltip="What a further edit should do; empty unless the decision is refine.",
                 ),
-                io.Float.Output("score", display_name="score", tooltip="0 to 10: the mean of the scores that were given."),
+                io.Float.Output(
+                    "score",
+                    display_name="score",
+                    tooltip="0 to 10: the geometric mean of the lower edit score, the lower quality score and the consistency.",
+                ),
                 io.Boolean.Output(
                     "accepted", display_name="accepted", tooltip="Whether the result is a success that is believed."
                 ),
