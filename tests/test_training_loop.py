@@ -232,6 +232,18 @@ def test_requests_are_honoured_at_the_next_boundary(tmp_path, cause, stops, capl
         assert lines[0]["finished"] is False
 
 
+def test_a_stop_in_the_last_step_is_told(tmp_path):
+    """The stage is done, and whoever trains several must not begin the next."""
+    models = toy_models()
+
+    def step(models, micro):
+        (tmp_path / "save_quit").touch()
+        return toy_step(models, micro)
+
+    outcome = train(models, toy_groups(models), ToySource(), step, toy_settings(1), tmp_path)
+    assert (outcome.finished, outcome.exit_code) == (True, EXIT_STOPPED) and "save_quit" in outcome.cause
+
+
 def test_request_files_of_an_earlier_run_are_not_honoured(tmp_path):
     (tmp_path / "save_quit").touch()
     models = toy_models()

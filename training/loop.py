@@ -116,8 +116,8 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """step: optimizer steps done. finished: whether these were all. cause: what stopped the run otherwise. checkpoint: the
-    last one. exit_code: 0, or EXIT_STOPPED when the run was asked to stop."""
+    """step: optimizer steps done. finished: whether these were all. cause: what asked the run to stop, if anything did (in the
+    last step, a finished one too). checkpoint: the last one. exit_code: 0, or EXIT_STOPPED when the run was asked to stop."""
 
     step: int
     finished: bool
@@ -237,6 +237,7 @@ class _Engine:
         left = settings.steps - self.position.step
         order = list(cursors(self.source, self.position.epoch, self.position.cursor, left)) if left > 0 else []
         ahead = load_ahead(self.source, order, settings.workers)
+        cause = None
         for _ in order:
             begun = time.perf_counter()
             (epoch, cursor), loaded = next(ahead)
@@ -250,13 +251,14 @@ class _Engine:
             if request:
                 self.requests.done()
                 log.info("saved %s because of %s", self.saved, request.cause)
-            if request and request.stop and not last:
+            cause = request.cause if request and request.stop else None
+            if cause and not last:
                 log.warning(
                     "stopped after step %d of %d because of %s; resume the run in %s to go on",
-                    self.position.step, settings.steps, request.cause, self.run_dir,
+                    self.position.step, settings.steps, cause, self.run_dir,
                 )  # fmt: skip
-                return Outcome(self.position.step, False, request.cause, self.saved, EXIT_STOPPED)
-        return Outcome(self.position.step, True, None, self.saved, 0)
+                return Outcome(self.position.step, False, cause, self.saved, EXIT_STOPPED)
+        return Outcome(self.position.step, True, cause, self.saved, EXIT_STOPPED if cause else 0)
 
     def _advance(self, epoch: int, cursor: int, loaded: Any, begun: float, data_s: float) -> Request | None:
         """One optimizer step; returns what was asked for meanwhile, the same on all ranks."""

@@ -73,7 +73,7 @@ def run(
             outcome = run_stage(material, plan, ranks, allow_changed)
             if ranks.main:  # only now is it sure that a resumed run may go on with what was changed
                 write_snapshot(config, source)
-            if not outcome.finished:
+            if outcome.exit_code:  # also in the last step of a stage: the next one was not asked for
                 return outcome.exit_code
         if ranks.main:
             for format in config.export.formats:
