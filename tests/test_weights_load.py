@@ -138,7 +138,8 @@ class TestQwen:
             "img_shapes": [[(1, 2, 2), (1, 2, 2)]],
         }
         with torch.no_grad():
-            assert torch.equal(module(**inputs)[0], theirs(**inputs)[0])
+            # Not to the bit: their weights lie where the file has them, and some CPUs sum unaligned rows in another order.
+            torch.testing.assert_close(module(**inputs)[0], theirs(**inputs)[0], rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("marker", [False, True])
     def test_comfyui_file_and_its_marker_of_2511(self, tmp_path, qwen, marker):
