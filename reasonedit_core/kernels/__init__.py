@@ -2,16 +2,23 @@
 
 from .cross_entropy import head_cross_entropy, linear_cross_entropy
 from .dispatch import BACKENDS, Backend, Refused, attention, explain, select
-from .mask import Mask
+from .mask import Intervals, Mask
+from .ops import gate_norm_modulate, guided_step, qk_norm_rope
+from .reference_ops import Heads
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Heads",
+    "Intervals",
     "Mask",
     "Refused",
     "attention",
     "explain",
+    "gate_norm_modulate",
+    "guided_step",
     "head_cross_entropy",
     "linear_cross_entropy",
+    "qk_norm_rope",
     "select",
 ]

@@ -1,7 +1,7 @@
 """One door to attention: `attention(q, k, v, mask)` picks a backend and never drops what it was given.
 
-B batch, T queries, S keys, H heads, Hk key heads (H is a multiple of Hk), D head dim. A mask is a bool tensor, or the
-`PackMask` of a pack of documents, from which every backend takes the form it works with.
+B batch, T queries, S keys, H heads, Hk key heads (H is a multiple of Hk), D head dim. A mask is a bool tensor, the
+`PackMask` of a pack of documents, or `Intervals`, one per query; every backend takes from it the form it works with.
 
 Order of choice: the host's callable (ComfyUI's attention, when a node hands one in), else the backend the caller
 named, else the first row of `BACKENDS` that is available and takes the call. A backend says in words why it cannot
@@ -19,8 +19,8 @@ import torch
 
 from ..errors import BackendUnavailable, ConfigError
 from ..packing import PackMask
-from . import flex, reference, sdpa, varlen
-from .mask import Mask, as_tensor
+from . import flex, interval, ops, reference, sdpa, varlen
+from .mask import Intervals, Mask, as_tensor
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Backend:
 
     supports: None, or why this very call cannot run; it may look at the kind of mask, shapes, dtypes and devices, never
     at values, and is asked first. available: None, or why it cannot run on that device; costly probes remember their
-    answer. about: one line for `explain`. packs_only: it takes no call but that of a pack of documents.
+    answer. about: one line for `explain`. packs_only: it takes no call but that of a pack of documents, or `auto` gives it
+    others only after a timing. passes: None, or why `auto` leaves a call that it may be able to run to the next backend.
     """
 
     name: str
@@ -47,14 +48,30 @@ class Backend:
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], torch.Tensor]
     about: str = ""
     packs_only: bool = False
+    passes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], str | None] | None = None
 
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> str | None:
         """None when this call can run, else the reason."""
         return self.supports(q, k, v, mask) or self.available(q.device)
 
+    def declines(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> str | None:
+        """None when `auto` gives it this call, else the reason."""
+        # In this order, so that nothing is compiled and tested for calls that it would not get.
+        reason = self.supports(q, k, v, mask) or (self.passes(q, k, v, mask) if self.passes is not None else None)
+        return reason or self.available(q.device)
+
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("varlen", varlen.available, varlen.supports, varlen.run, "torch varlen attention, for packs", packs_only=True),
+    Backend(
+        "interval",
+        interval.available,
+        interval.supports,
+        interval.run,
+        "our Triton kernels, for packs, and without a mask where a timing on the card finds them faster",
+        packs_only=True,
+        passes=interval.passes,
+    ),
     Backend("flex", flex.available, flex.supports, flex.run, "torch FlexAttention, for packs", packs_only=True),
     Backend("sdpa", sdpa.available, sdpa.supports, sdpa.run, "torch scaled_dot_product_attention"),
     Backend("reference", reference.available, reference.supports, reference.run, "plain torch in fp32, slow"),
@@ -74,8 +91,9 @@ def attention(
     """softmax(q k^T / sqrt(D)) v.
 
     q: (B, T, H, D); k, v: (B, S, Hk, D); mask: bool, True where a query may see a key, broadcastable to (B, H, T, S),
-    or a PackMask of T = S tokens on the device of q -> (B, T, H, D). A query that may see no key gets zeros. host: tried
-    first, with the mask as a tensor; it computes the call or raises `Refused`. backend: "auto" or a name of `BACKENDS`.
+    or a PackMask of T = S tokens, or Intervals, on the device of q -> (B, T, H, D). A query that may see no key gets
+    zeros. host: tried first, with the mask as a tensor; it computes the call or raises `Refused`. backend: "auto" or a
+    name of `BACKENDS`.
     """
     _check(q, k, v, mask)
     if host is not None:
@@ -99,7 +117,7 @@ def select(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: M
         return chosen
     reasons = []
     for candidate in BACKENDS:
-        reason = candidate.refusal(q, k, v, mask)
+        reason = candidate.declines(q, k, v, mask)
         if reason is None:
             if not torch.compiler.is_compiling():
                 _log_once("; ".join([f"attention on {q.device.type}: backend {candidate.name}", *reasons]))
@@ -109,7 +127,8 @@ def select(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: M
 
 
 def explain(device: torch.device | str = "cpu") -> str:
-    """Which backend `auto` would take on `device`, and what each one says of itself: text for `reasonedit doctor`."""
+    """Which attention and which fused ops `auto` would take on `device`, and what each backend says of itself: text for
+    `reasonedit doctor`."""
     device = torch.device(device)
     reasons = {backend.name: backend.available(device) for backend in BACKENDS}
     able = [backend for backend in BACKENDS if reasons[backend.name] is None]
@@ -127,6 +146,7 @@ def explain(device: torch.device | str = "cpu") -> str:
             "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         }
         lines.append("  sdpa may use: " + ", ".join([*(kind for kind, on in kinds.items() if on), "plain"]))
+    lines += ops.explain(device)
     return "\n".join(lines)
 
 
@@ -160,6 +180,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Non
             raise ConfigError(
                 f"a PackMask of {len(mask.doc_id)} tokens on {mask.doc_id.device} takes as many queries and keys on its "
                 f"device, got {q.shape[1]} and {k.shape[1]} on {q.device}."
+            )
+        return
+    if isinstance(mask, Intervals):
+        if (q.shape[1], k.shape[1], q.device) != (len(mask.lo), mask.keys, mask.lo.device):
+            raise ConfigError(
+                f"Intervals of {len(mask.lo)} queries and {mask.keys} keys on {mask.lo.device} take as many on their device, "
+                f"got {q.shape[1]} and {k.shape[1]} on {q.device}."
             )
         return
     if mask.dtype != torch.bool:
