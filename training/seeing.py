@@ -25,7 +25,7 @@ from .data.records import Record
 from .material import HELD_OUT, Material, make_voice
 from .presets import DIT, MLLM
 from .stages import Plan
-from .types import FM, NTP, MicroStep, Models
+from .types import FM, NTP, MicroStep
 
 if TYPE_CHECKING:
     from ..reasonedit_core.types import Conditioning
@@ -90,16 +90,7 @@ def _micro_steps(seen: Seen, chosen: Sequence[Record]) -> Iterator[MicroStep]:
     ranks = seen.ranks
     first, step = (0, 1) if ranks.sharded else (ranks.rank, ranks.world)
     for number in range(first, made.n_packs, step):
-        yield _quoted(source.validation([source.items[index] for index, _ in made.pack(number)]), seen.loaded.models)
-
-
-def _quoted(micro: MicroStep, models: Models) -> MicroStep:
-    """The micro-step with the input embeddings of its quoted characters (Step1X-Edit v1.2), as the training steps add them."""
-    image, text = micro.image, micro.text
-    if image is None or text is None or image.quoted is None or image.quoted_embeds is not None:
-        return micro
-    embeds = models.mllm.input_embeddings(text.ids[image.text_index[image.quoted]])
-    return replace(micro, image=replace(image, quoted_embeds=embeds))
+        yield source.validation([source.items[index] for index, _ in made.pack(number)])
 
 
 def _losses(seen: Seen, micros: Sequence[MicroStep]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def editing_step(models: Models, micro: MicroStep) -> Losses:
     if image.states is None:
         with torch.no_grad():
             states, _ = _mllm(models)(_text(micro))
-        image = _with_quotes(models, image, _text(micro))
+        image = with_quotes(models, image, _text(micro))
     return _losses(micro, {FM: _flow(models, image, states)})
 
 
@@ -61,7 +61,7 @@ def joint_step(models: Models, micro: MicroStep, two_phase: bool = True) -> Loss
         elif states is None:
             raise _no_text(micro)
         else:
-            image = _with_quotes(models, image, _text(micro))
+            image = with_quotes(models, image, _text(micro))
             if two_phase and states.requires_grad:
                 handover = Handover(states, states.detach().requires_grad_())
                 states = handover.leaf
@@ -69,6 +69,15 @@ def joint_step(models: Models, micro: MicroStep, two_phase: bool = True) -> Loss
     if not sums:
         raise DataError(f"a joint step needs answers or pictures to learn from, found neither in {_listed(micro)}.")
     return _losses(micro, sums, handover)
+
+
+def with_quotes(models: Models, image: ImagePack, text: TextPack) -> ImagePack:
+    """The pack with the input embeddings of its quoted characters (Step1X-Edit v1.2), which documents made without weights
+    do not hold. text: the pack whose states condition it."""
+    if image.quoted is None or image.quoted_embeds is not None:
+        return image
+    ids = text.ids[image.text_index[image.quoted]]
+    return dataclasses.replace(image, quoted_embeds=_mllm(models).input_embeddings(ids))
 
 
 def moved(pack: Pack, device: torch.device) -> Pack:
@@ -88,14 +97,6 @@ def _flow(models: Models, image: ImagePack, states: Tensor | None) -> Tensor:
     if models.dit is None:
         raise ConfigError("this step needs a DiT, and the stage loaded none. Its trainable set and its mixture do not fit.")
     return flow_matching(models.dit(moved(image, device_of(models.dit)), states), image)
-
-
-def _with_quotes(models: Models, image: ImagePack, text: TextPack) -> ImagePack:
-    """The pack with the input embeddings of its quoted characters, which documents made without weights do not hold."""
-    if image.quoted is None or image.quoted_embeds is not None:
-        return image
-    ids = text.ids[image.text_index[image.quoted]]
-    return dataclasses.replace(image, quoted_embeds=_mllm(models).input_embeddings(ids))
 
 
 def _mllm(models: Models) -> nn.Module:

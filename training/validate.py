@@ -28,6 +28,7 @@ from ..reasonedit_core.errors import ConfigError, MalformedReply, ReasonerError
 from ..reasonedit_core.types import Decision
 from . import rng
 from .losses import flow_matching, next_token
+from .steps import with_quotes
 from .timesteps import validation_grid
 from .types import MicroStep, Models, PackSource
 
@@ -129,11 +130,12 @@ def flow_losses(
             if micro.image is None:
                 continue
             dit = _unit(models.dit, "DiT")
-            states = None
-            if micro.image.states is None:
+            image, states = micro.image, None
+            if image.states is None:
                 states, _ = _unit(models.mllm, "MLLM")(micro.text)
+                image = with_quotes(models, image, micro.text)
             for index, sigma in enumerate(sigmas):
-                pack = dataclasses.replace(micro.image, sigma=torch.full_like(micro.image.sigma, sigma))
+                pack = dataclasses.replace(image, sigma=torch.full_like(image.sigma, sigma))
                 sums[index] += float(flow_matching(dit(pack, states), pack))
             sums[-1] += float(micro.image.loss_weight.double().sum())
     sums = reduce(sums) if reduce else sums
