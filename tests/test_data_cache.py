@@ -22,10 +22,11 @@ class CountingCodec(KLCodec):
     def __init__(self):
         config = SimpleNamespace(latent_channels=4, block_out_channels=[1, 1], shift_factor=0.5, scaling_factor=2.0)
         super().__init__(SimpleNamespace(config=config))
-        self.sizes = []
+        self.sizes, self.calls = [], 0
 
     def encode(self, pixels):
-        self.sizes.append(tuple(pixels.shape))
+        self.sizes += [tuple(pixels.shape[1:])] * len(pixels)
+        self.calls += 1
         mean = pixels.mean(1, keepdim=True)[:, :, ::8, ::8].expand(-1, 4, -1, -1)
         return mean, torch.full_like(mean, -20.0)
 
@@ -33,10 +34,10 @@ class CountingCodec(KLCodec):
 def count_states(made):
     """A stand-in for the MLLM: states that tell the document, and a list of those asked for."""
 
-    def states_of(document):
-        made.append(document)
-        kept = document.ids[document.kept]
-        return CachedStates(kept[:, None].float().repeat(1, 3), document.fillers, document.place, document.quoted)
+    def states_of(documents):
+        made.extend(documents)
+        kept = [document.ids[document.kept][:, None].float().repeat(1, 3) for document in documents]
+        return [CachedStates(rows, d.fillers, d.place, d.quoted) for rows, d in zip(kept, documents, strict=True)]
 
     return states_of
 
@@ -66,6 +67,7 @@ def test_each_picture_is_encoded_once_and_never_again(tmp_path, documents, recor
     report = fill(cache, documents, [*records, *records], codec=codec)
     assert report.made == {MOMENTS: len(pictures_of(documents, records))} and not report.failed and not report.found
     assert len(codec.sizes) == report.made[MOMENTS] < 2 * len(records)
+    assert codec.calls == len(set(codec.sizes))  # pictures of one size together
     again = fill(cache, documents, records, codec=codec)
     assert again.found == report.made and not again.made and len(codec.sizes) == report.made[MOMENTS]
     assert again.lines() == [f"moments: 0 made, {report.made[MOMENTS]} were there"]
@@ -182,6 +184,7 @@ def test_an_unreadable_picture_is_left_out_by_name(tmp_path, documents, records)
 
 def test_a_stopped_pass_goes_on_where_it_was(tmp_path, documents, records, monkeypatch):
     cache, codec = Cache(tmp_path, vae="a"), CountingCodec()
+    monkeypatch.setattr("reasonedit.training.data.cache.BATCH_PIXELS", 1)
 
     class Stop(Exception):
         pass

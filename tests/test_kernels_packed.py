@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonedit.reasonedit_core.errors import BackendUnavailable, ConfigError
-from reasonedit.reasonedit_core.kernels import attention, dispatch, explain, flex, reference, sdpa, select, varlen
+from reasonedit.reasonedit_core.kernels import attention, dispatch, explain, flex, padded, reference, sdpa, select, varlen
 from reasonedit.reasonedit_core.packing import PADDING, PackMask
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -60,7 +60,7 @@ def test_the_dense_mask_equals_the_rule_pair_by_pair(lengths, padding, causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("run", [reference.run, sdpa.run, flex_run], ids=["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("run", [reference.run, sdpa.run, padded.run, flex_run], ids=["reference", "sdpa", "padded", "flex"])
 def test_a_pack_equals_its_documents_apart(run, padding, causal):
     lengths = (5, 1, 8)
     q, k, v = make(sum(lengths) + padding)
@@ -69,7 +69,12 @@ def test_a_pack_equals_its_documents_apart(run, padding, causal):
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
-@given(lengths=LENGTHS, padding=st.integers(0, 4), causal=st.booleans(), backend=st.sampled_from(["sdpa", "reference"]))
+@given(
+    lengths=LENGTHS,
+    padding=st.integers(0, 4),
+    causal=st.booleans(),
+    backend=st.sampled_from(["padded", "sdpa", "reference"]),
+)
 def test_no_gradient_crosses_a_border(lengths, padding, causal, backend):
     doc_id = documents(lengths, padding)
     leaves = [x.requires_grad_() for x in make(len(doc_id))]
@@ -95,6 +100,25 @@ def test_a_changed_document_leaves_the_others_to_the_bit(lengths, padding, causa
     after = attention(q, k, v, mask)
     assert torch.equal(before[:, ~changed], after[:, ~changed])
     assert not torch.equal(before[:, changed], after[:, changed])
+
+
+# padded
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=6), padding=st.integers(0, 40), causal=st.booleans())
+def test_documents_of_any_lengths_side_by_side_give_what_they_give_apart(lengths, padding, causal):
+    q, k, v = make(sum(lengths) + padding)
+    got = padded.run(q, k, v, PackMask(documents(lengths, padding), causal))
+    torch.testing.assert_close(got, apart(q, k, v, lengths, causal), rtol=1e-5, atol=1e-5)
+
+
+def test_padded_documents_cost_less_than_a_step_each():
+    lengths = (1, 33, 40, 64, 65, 100)
+    made = padded.batches_of(mask := PackMask(documents(lengths)))
+    assert padded.batches_of(mask) is made
+    assert [tuple(batch.rows.shape) for batch in made.batches] == [(1, 1), (3, 64), (1, 65), (1, 100)]
+    assert [batch.real is None for batch in made.batches] == [True, False, True, True]
 
 
 # flex
@@ -232,9 +256,9 @@ def test_cuda_backends_say_in_words_why_they_cannot_run_here(name):
     mask = PackMask(documents((8,)))
     with pytest.raises(BackendUnavailable, match=f"'{name}' cannot run this call: it needs CUDA, not cpu"):
         attention(q, k, v, mask, backend=name)
-    assert select("auto", q, k, v, mask).name == "sdpa"
+    assert select("auto", q, k, v, mask).name == "padded"
     assert f"  {name}: it needs CUDA, not cpu" in explain("cpu")
-    assert explain("cpu").splitlines()[0] == "attention on cpu: sdpa would run"
+    assert explain("cpu").splitlines()[0] == "attention on cpu: sdpa would run, padded where documents are packed"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +289,7 @@ def test_a_card_that_has_varlen_takes_it_for_packs_and_sdpa_for_the_rest(monkeyp
     mask = PackMask(documents((8,)))
     assert select("auto", *make(8, dtype=torch.bfloat16), mask).name == "varlen"
     assert select("auto", *make(8), mask).name == "flex"
-    assert select("auto", *make(8, dtype=torch.float64), mask).name == "sdpa"
+    assert select("auto", *make(8, dtype=torch.float64), mask).name == "padded"
     for other in (None, mask.dense):
         assert select("auto", *make(8, dtype=torch.bfloat16), other).name == "sdpa"
 
@@ -304,6 +328,6 @@ def test_a_batch_shares_the_mask_of_a_pack():
 def test_compile_sees_one_graph_through_a_pack_that_is_ready():
     q, k, v = make(8)
     mask = PackMask(documents((3, 5)))
-    mask.dense  # noqa: B018  (torch cannot trace the lock of cached_property in Python 3.11)
+    padded.batches_of(mask)  # before: what it is made by cannot be traced
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v, mask), attention(q, k, v, mask))

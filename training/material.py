@@ -32,10 +32,9 @@ from .types import FM
 
 if TYPE_CHECKING:
     from ..reasonedit_core.mllm.qwen25vl import QwenVL
-    from .data.cache import Cache, CachedStates, Report
+    from .data.cache import Cache, Report, StatesOf
     from .data.documents import Documents, Voice
     from .data.packs import Source
-    from .data.transcripts import TextDocument
     from .distributed import Ranks
 
 log = logging.getLogger(__name__)
@@ -248,7 +247,7 @@ def fill_cache(
     return reports
 
 
-def _states_of(base: Base, carried: Trained | None) -> Callable[[TextDocument], CachedStates]:
+def _states_of(base: Base, carried: Trained | None) -> StatesOf:
     from ..reasonedit_core.mllm.packed import PackedMLLM
     from .adapters import restore
     from .data.cache import run_mllm

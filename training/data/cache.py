@@ -157,14 +157,84 @@ class Report:
         return [*(counts or ["nothing to cache"]), *(f"left out: {each}" for each in self.failed)]
 
 
+StatesOf = Callable[[Sequence[TextDocument]], list[CachedStates]]
+"""Computes the states of conditioning documents with a frozen MLLM (`run_mllm`)."""
+
+BATCH_PIXELS, BATCH_TOKENS = 1024 * 1024, 8192
+"""How much is computed at once: small pictures and short documents would leave the machine waiting otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An entry that a run reads. make: computes and writes it."""
+    """An entry that a run reads. take: opens what it is computed from, the picture (1, 3, H, W) in -1..1 or the document."""
 
     kind: str
     key: str
     document: str
-    make: Callable[[], None]
+    take: Callable[[], Tensor | TextDocument]
+
+
+class _Maker:
+    """Collects entries that are missing and makes them several at a time: pictures of one size, documents as a pack.
+
+    What is computed together differs in the last bits from what is computed alone, so a cache that was filled in two
+    sittings may differ so from one that was filled in one; what a run reads does not change any more.
+    """
+
+    def __init__(self, cache: Cache, codec: Codec | None, states_of: StatesOf | None, report: Report) -> None:
+        self.cache, self.codec, self.states_of, self.report = cache, codec, states_of, report
+        self._pictures: dict[tuple[int, ...], list[tuple[Wanted, Tensor]]] = {}
+        self._documents: list[tuple[Wanted, TextDocument]] = []
+
+    def add(self, wanted: Wanted) -> None:
+        """Make an entry, now or with others of its like."""
+        report = self.report
+        if self.cache.has(wanted.kind, wanted.key):
+            report.found[wanted.kind] = report.found.get(wanted.kind, 0) + 1
+            return
+        try:
+            taken = wanted.take()
+        except DataError as error:
+            report.failed.append(Refused(wanted.document, str(error)))
+            return
+        if isinstance(taken, Tensor):
+            waiting = self._pictures.setdefault(tuple(taken.shape), [])
+            waiting.append((wanted, taken))
+            if len(waiting) * taken.shape[-1] * taken.shape[-2] >= BATCH_PIXELS:
+                self._encode(self._pictures.pop(tuple(taken.shape)))
+        else:
+            if sum(len(document) for _, document in self._documents) + len(taken) > BATCH_TOKENS:
+                self._condition()
+            self._documents.append((wanted, taken))
+
+    def finish(self) -> None:
+        """Make what still waits."""
+        for waiting in self._pictures.values():
+            self._encode(waiting)
+        self._pictures.clear()
+        self._condition()
+
+    @torch.no_grad()
+    def _encode(self, waiting: list[tuple[Wanted, Tensor]]) -> None:
+        mean, logvar = self.codec.encode(torch.cat([pixels for _, pixels in waiting]))
+        for at, (wanted, _) in enumerate(waiting):
+            tensors = {"mean": mean[at : at + 1]}
+            if logvar is not None:
+                tensors["logvar"] = logvar[at : at + 1]
+            self.cache.write(MOMENTS, wanted.key, tensors)
+            self._made(wanted)
+
+    @torch.no_grad()
+    def _condition(self) -> None:
+        waiting, self._documents = self._documents, []
+        if waiting:
+            states = self.states_of([document for _, document in waiting])
+            for (wanted, _), one in zip(waiting, states, strict=True):
+                self.cache.keep_states(wanted.key, one)
+                self._made(wanted)
+
+    def _made(self, wanted: Wanted) -> None:
+        self.report.made[wanted.kind] = self.report.made.get(wanted.kind, 0) + 1
 
 
 def fill(
@@ -173,7 +243,7 @@ def fill(
     records: Sequence[Record],
     *,
     codec: Codec | None = None,
-    states_of: Callable[[TextDocument], CachedStates] | None = None,
+    states_of: StatesOf | None = None,
     trainable: bool = False,
     drops_text: bool = True,
     shard: tuple[int, int] = (0, 1),
@@ -183,12 +253,13 @@ def fill(
 
     trainable: whether the stage trains the MLLM; its states then change with every step and ConfigError is raised. drops_text:
     states without text are needed as well. shard: (which, of how many) processes this is; each makes entries of its own.
-    Pictures that cannot be used are in the report, the others are cached. Stopping and starting again loses at most the file
-    in the making.
+    Pictures that cannot be used are in the report, the others are cached. Stopping and starting again loses at most the
+    files in the making.
     """
     if states_of is not None:
         refuse_trainable(trainable)
     report = Report()
+    maker = _Maker(cache, codec, states_of, report)
     seen: set[tuple[str, str]] = set()
     for number, record in enumerate(records):
         for each in _wanted(cache, documents, record, codec, states_of, drops_text, report):
@@ -197,23 +268,11 @@ def fill(
             seen.add((each.kind, each.key))
             if on_progress is not None:
                 on_progress(each.kind, number, len(records))
-            _make(cache, each, report)
+            maker.add(each)
+    maker.finish()
     if on_progress is not None:
         on_progress("done", len(records), len(records))
     return report
-
-
-def _make(cache: Cache, wanted: Wanted, report: Report) -> None:
-    if cache.has(wanted.kind, wanted.key):
-        report.found[wanted.kind] = report.found.get(wanted.kind, 0) + 1
-        return
-    try:
-        with torch.no_grad():
-            wanted.make()
-    except DataError as error:
-        report.failed.append(Refused(wanted.document, str(error)))
-        return
-    report.made[wanted.kind] = report.made.get(wanted.kind, 0) + 1
 
 
 def refuse_trainable(trainable: bool) -> None:
@@ -230,7 +289,7 @@ def _wanted(
     documents: Documents,
     record: Record,
     codec: Codec | None,
-    states_of: Callable[[TextDocument], CachedStates] | None,
+    states_of: StatesOf | None,
     drops_text: bool,
     report: Report,
 ) -> Iterator[Wanted]:
@@ -242,43 +301,32 @@ def _wanted(
         try:
             layout = documents.layout(record, task)
             if codec is not None:
-                yield from _wanted_moments(cache, documents, record, layout, codec, name)
+                yield from _wanted_moments(cache, documents, record, layout, name)
             if states_of is not None:
                 for dropped in (False, True)[: 1 + drops_text]:
-                    yield _wanted_states(cache, documents, record, task, layout, dropped, states_of)
+                    yield _wanted_states(cache, documents, record, task, layout, dropped)
         except DataError as error:
             report.failed.append(Refused(name, str(error)))
 
 
 def _wanted_moments(
-    cache: Cache, documents: Documents, record: Record, layout: Layout, codec: Codec, document: str
+    cache: Cache, documents: Documents, record: Record, layout: Layout, document: str
 ) -> Iterator[Wanted]:
     for name, size in zip(layout.names, layout.sizes, strict=True):
-        key = cache.moments_key(documents, record, name, size)
 
-        def make(name: str = name, size: Size = size, key: str = key) -> None:
-            pixels = documents.voice.geometry.to_vae(documents.open(record, name), size) * 2 - 1
-            mean, logvar = codec.encode(pixels)
-            cache.write(MOMENTS, key, {"mean": mean} if logvar is None else {"mean": mean, "logvar": logvar})
+        def take(name: str = name, size: Size = size) -> Tensor:
+            return documents.voice.geometry.to_vae(documents.open(record, name), size) * 2 - 1
 
-        yield Wanted(MOMENTS, key, document, make)
+        yield Wanted(MOMENTS, cache.moments_key(documents, record, name, size), document, take)
 
 
 def _wanted_states(
-    cache: Cache,
-    documents: Documents,
-    record: Record,
-    task: str,
-    layout: Layout,
-    dropped: bool,
-    states_of: Callable[[TextDocument], CachedStates],
+    cache: Cache, documents: Documents, record: Record, task: str, layout: Layout, dropped: bool
 ) -> Wanted:
-    key = cache.states_key(documents, record, layout, dropped)
+    def take() -> TextDocument:
+        return documents.condition(record, task, dropped=dropped)
 
-    def make() -> None:
-        cache.keep_states(key, states_of(documents.condition(record, task, dropped=dropped)))
-
-    return Wanted(STATES, key, item_id(record, task), make)
+    return Wanted(STATES, cache.states_key(documents, record, layout, dropped), item_id(record, task), take)
 
 
 def missing(
@@ -297,17 +345,20 @@ def missing(
     return list(dict.fromkeys(each.document for each in found if not cache.has(each.kind, each.key)))
 
 
-def run_mllm(unit: PackedMLLM) -> Callable[[TextDocument], CachedStates]:
-    """What computes the states of a document: the frozen MLLM, through the very unit that stage 3 trains."""
+def run_mllm(unit: PackedMLLM) -> StatesOf:
+    """What computes the states of documents: the frozen MLLM, through the very unit that stage 3 trains, as one pack."""
 
-    def states_of(document: TextDocument) -> CachedStates:
+    def states_of(documents: Sequence[TextDocument]) -> list[CachedStates]:
         with torch.no_grad():
-            states, _ = unit(text_pack([document], [0.0]))
-            embeds = None
-            if document.quoted is not None and bool(document.quoted.any()):
-                ids = document.ids[document.kept][document.quoted]
-                table = unit.model.get_input_embeddings()
-                embeds = table(ids.to(table.weight.device))
-        return CachedStates(states[document.kept], document.fillers, document.place, document.quoted, embeds)
+            states, _ = unit(text_pack(documents, [0.0] * len(documents)))
+            whole = states.split([len(document) for document in documents])
+            return [_cached(unit, document, rows) for document, rows in zip(documents, whole, strict=True)]
 
     return states_of
+
+
+def _cached(unit: PackedMLLM, document: TextDocument, states: Tensor) -> CachedStates:
+    embeds = None
+    if document.quoted is not None and bool(document.quoted.any()):
+        embeds = unit.input_embeddings(document.ids[document.kept][document.quoted])
+    return CachedStates(states[document.kept], document.fillers, document.place, document.quoted, embeds)

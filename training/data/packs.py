@@ -6,7 +6,7 @@ remembered but the plans themselves. So it can run in any number of loader proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ from ...reasonedit_core.errors import ConfigError, DataError
 from .. import noise
 from ..timesteps import Timesteps
 from ..types import FM, NTP, MicroStep
-from .cache import Cache, CachedStates
+from .cache import Cache, CachedStates, StatesOf
 from .documents import TASKS, Documents, Layout
 from .lengths import Lengths
 from .packing import Balance, ImageDocument, image_pack, text_pack
@@ -25,9 +25,6 @@ from .transcripts import TextDocument
 
 if TYPE_CHECKING:
     from ...reasonedit_core.interfaces import Codec
-
-StatesOf = Callable[[TextDocument], CachedStates]
-"""Computes the states of a conditioning document with a frozen MLLM (`cache.run_mllm`)."""
 
 _PLANS_KEPT = 2
 
@@ -178,7 +175,7 @@ class Source:
         if self.states == "cache":
             return self.cache.states(self.documents, record, task, layout, dropped)
         document = self.documents.condition(record, task, dropped=dropped)
-        return document if self.states == "pack" else self.states(document)
+        return document if self.states == "pack" else self.states([document])[0]
 
     def _image(
         self,
