@@ -189,14 +189,14 @@ def card(monkeypatch):
 
 
 def test_auto_takes_it_for_what_varlen_cannot(card):
-    """Packs: varlen, else K5, else FlexAttention, else SDPA."""
+    """Packs: varlen, else K5, else FlexAttention, else SDPA by document."""
     q, k, v = make(8, dtype=torch.bfloat16)
     assert select("auto", q, k, v, pack((5, 3))).name == "varlen"
     batch = [x.expand(2, -1, -1, -1) for x in (q, k, v)]
     assert select("auto", *batch, pack((5, 3))).name == "interval"
     assert select("auto", q, k, v, intervals_of(pack((5, 3)))).name == "interval"
     assert select("auto", *make(8), pack((5, 3))).name == "flex"
-    assert select("auto", *make(8, dtype=torch.float64), pack((5, 3))).name == "sdpa"
+    assert select("auto", *make(8, dtype=torch.float64), pack((5, 3))).name == "batched"
     assert select("auto", q, k, v, pack((5, 3)).dense).name == "sdpa"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonedit.reasonedit_core.errors import BackendUnavailable, ConfigError
-from reasonedit.reasonedit_core.kernels import attention, dispatch, explain, flex, padded, reference, sdpa, select, varlen
+from reasonedit.reasonedit_core.kernels import attention, batched, dispatch, explain, flex, reference, sdpa, select, varlen
 from reasonedit.reasonedit_core.packing import PADDING, PackMask
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -60,7 +60,7 @@ def test_the_dense_mask_equals_the_rule_pair_by_pair(lengths, padding, causal):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("run", [reference.run, sdpa.run, padded.run, flex_run], ids=["reference", "sdpa", "padded", "flex"])
+@pytest.mark.parametrize("run", [reference.run, sdpa.run, batched.run, flex_run], ids=["reference", "sdpa", "batched", "flex"])
 def test_a_pack_equals_its_documents_apart(run, padding, causal):
     lengths = (5, 1, 8)
     q, k, v = make(sum(lengths) + padding)
@@ -73,7 +73,7 @@ def test_a_pack_equals_its_documents_apart(run, padding, causal):
     lengths=LENGTHS,
     padding=st.integers(0, 4),
     causal=st.booleans(),
-    backend=st.sampled_from(["padded", "sdpa", "reference"]),
+    backend=st.sampled_from(["batched", "sdpa", "reference"]),
 )
 def test_no_gradient_crosses_a_border(lengths, padding, causal, backend):
     doc_id = documents(lengths, padding)
@@ -102,21 +102,36 @@ def test_a_changed_document_leaves_the_others_to_the_bit(lengths, padding, causa
     assert not torch.equal(before[:, changed], after[:, changed])
 
 
-# padded
+# batched
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=6), padding=st.integers(0, 40), causal=st.booleans())
 def test_documents_of_any_lengths_side_by_side_give_what_they_give_apart(lengths, padding, causal):
     q, k, v = make(sum(lengths) + padding)
-    got = padded.run(q, k, v, PackMask(documents(lengths, padding), causal))
+    got = batched.run(q, k, v, PackMask(documents(lengths, padding), causal))
     torch.testing.assert_close(got, apart(q, k, v, lengths, causal), rtol=1e-5, atol=1e-5)
 
 
-def test_padded_documents_cost_less_than_a_step_each():
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_training_in_low_precision_agrees_on_the_cpu(causal):
+    """There the products are written out; values and gradients are those of the plain attention within bfloat16."""
+    lengths = (5, 33, 40)
+    leaves = [x.requires_grad_() for x in make(sum(lengths) + 2, dtype=torch.bfloat16)]
+    mask = PackMask(documents(lengths, 2), causal)
+    got, expected = batched.run(*leaves, mask), reference.run(*leaves, mask)
+    assert batched._by_products(*leaves) and not batched._by_products(*(x.detach() for x in leaves))
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(got)
+    for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), leaves) for out in (got, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+        assert ours[:, -2:].abs().sum() == 0
+
+
+def test_batched_documents_cost_less_than_a_step_each():
     lengths = (1, 33, 40, 64, 65, 100)
-    made = padded.batches_of(mask := PackMask(documents(lengths)))
-    assert padded.batches_of(mask) is made
+    made = batched.batches_of(mask := PackMask(documents(lengths)))
+    assert batched.batches_of(mask) is made
     assert [tuple(batch.rows.shape) for batch in made.batches] == [(1, 1), (3, 64), (1, 65), (1, 100)]
     assert [batch.real is None for batch in made.batches] == [True, False, True, True]
 
@@ -256,9 +271,9 @@ def test_cuda_backends_say_in_words_why_they_cannot_run_here(name):
     mask = PackMask(documents((8,)))
     with pytest.raises(BackendUnavailable, match=f"'{name}' cannot run this call: it needs CUDA, not cpu"):
         attention(q, k, v, mask, backend=name)
-    assert select("auto", q, k, v, mask).name == "padded"
+    assert select("auto", q, k, v, mask).name == "batched"
     assert f"  {name}: it needs CUDA, not cpu" in explain("cpu")
-    assert explain("cpu").splitlines()[0] == "attention on cpu: sdpa would run, padded where documents are packed"
+    assert explain("cpu").splitlines()[0] == "attention on cpu: sdpa would run, batched where documents are packed"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +304,7 @@ def test_a_card_that_has_varlen_takes_it_for_packs_and_sdpa_for_the_rest(monkeyp
     mask = PackMask(documents((8,)))
     assert select("auto", *make(8, dtype=torch.bfloat16), mask).name == "varlen"
     assert select("auto", *make(8), mask).name == "flex"
-    assert select("auto", *make(8, dtype=torch.float64), mask).name == "padded"
+    assert select("auto", *make(8, dtype=torch.float64), mask).name == "batched"
     for other in (None, mask.dense):
         assert select("auto", *make(8, dtype=torch.bfloat16), other).name == "sdpa"
 
@@ -328,6 +343,6 @@ def test_a_batch_shares_the_mask_of_a_pack():
 def test_compile_sees_one_graph_through_a_pack_that_is_ready():
     q, k, v = make(8)
     mask = PackMask(documents((3, 5)))
-    padded.batches_of(mask)  # before: what it is made by cannot be traced
+    batched.batches_of(mask)  # before: what it is made by cannot be traced
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v, mask), attention(q, k, v, mask))

@@ -91,7 +91,7 @@ def prepare(part: str, module: nn.Module, plan: Plan, before: Trained | None, *,
             kept = set(before.whole) if before else set()
             plain = plain_names(module)
             names = match(plain, one.include, one.exclude)
-            draw_weights(module, [plain[name] for name in names if name not in kept], seed)
+            draw_weights(module, [plain[name] for name in names if name not in kept], seed, one.table.std)
     return train_sets(part, module, sets, seed=seed, weight_decay=plan.stage.optim.weight_decay)
 
 

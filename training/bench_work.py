@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..reasonedit_core.packing import ImagePack, TextPack
 
 MODES = ("packed", "padded")
-SKIPPING = ("varlen", "flex")
+SKIPPING = ("varlen", "interval", "flex", "batched")
 """Backends whose cost is that of what is seen."""
 
 STREAMS = ("dit", "mllm")

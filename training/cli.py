@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="reasonedit-train", description="Train ReasonEdit: reasoning, editing, both; LoRA or all weights.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     adders = (_add_init, _add_check, _add_convert, _add_index, _add_cache, _add_plan, _add_run, _add_resume)
-    for add in (*adders, _add_validate, _add_sample, _add_export):
+    for add in (*adders, _add_validate, _add_sample, _add_export, _add_mini):
         add(commands)
     return parser
 
@@ -187,6 +187,14 @@ def run_export(args: argparse.Namespace) -> int:
     from .run import export_run
 
     return export_run(config, formats=(args.format,), stage=args.stage, out=args.to)
+
+
+def run_mini(args: argparse.Namespace) -> int:
+    """`reasonedit-train mini`: a miniature from nothing."""
+    from .mini.chain import Chain
+
+    chain = Chain(args.system, args.out.absolute(), args.share, args.threads, tuple(args.set), args.quiet)
+    return chain.make(args.until)
 
 
 def _config(args: argparse.Namespace):
@@ -322,6 +330,20 @@ def _add_export(commands) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True, help="comfyui: LoRA files; peft: folders; merged: weights")
     parser.add_argument("--to", type=Path, metavar="DIR", help="(the run folder)")
     _stage(parser)
+
+
+def _add_mini(commands) -> None:
+    words = "make a miniature from nothing: vocabulary, records, autoencoder, base models, the three stages"
+    description = f"{words[0].upper()}{words[1:]}. Start the same command again to go on where it was."
+    parser = commands.add_parser("mini", help=words, description=description)
+    add = parser.add_argument
+    add("--system", required=True, metavar="NAME", help="mini-s (Step1X-Edit in small) or mini-q (Qwen-Image-Edit in small)")
+    add("--out", type=Path, required=True, metavar="DIR", help="all that is made; both miniatures may share it")
+    add("--until", metavar="LINK", help="stop after tokens, records, vae, words, start, stages or finish")
+    add("--share", type=float, default=1.0, metavar="S", help="of all records and steps, for a trial of the command (1)")
+    add("--threads", type=whole(0, 1024), default=0, metavar="N", help="CPU threads of torch (0: its own choice)")
+    _sets(parser)
+    _common(parser, run_mini)
 
 
 if __name__ == "__main__":

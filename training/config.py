@@ -92,13 +92,15 @@ class DrawnRecords(Table):
 class Data(Table):
     """records: JSONL files or folders with records.jsonl; a record's `split` says whether it trains or is held out. cache:
     where latents and states are kept; runs may share one. size_level: square root of the area pictures are trained at. tasks:
-    what is learnt of reasoning records; none: those of the paper. conditioner_pixels, reasoner_pixels: (min, max) areas at
-    which the MLLM sees pictures; none: the checkpoint's. allow_resize: pairs of different shapes are meant."""
+    what is learnt of reasoning records; none: those of the paper. reflection: the form in which reflect records are told;
+    others than multi-round are for comparison (the paper's Table 4). conditioner_pixels, reasoner_pixels: (min, max) areas
+    at which the MLLM sees pictures; none: the checkpoint's. allow_resize: pairs of different shapes are meant."""
 
     records: tuple[AnyPath, ...] = Field(min_length=1)
     cache: AnyPath = Path(OUT) / "cache"
     size_level: int = Field(1024, ge=16, le=8192)
     tasks: tuple[str, ...] = ()
+    reflection: Literal["multi-round", "single-image", "dual-image"] = "multi-round"
     conditioner_pixels: tuple[int, int] | None = None
     reasoner_pixels: tuple[int, int] | None = None
     allow_resize: bool = False
@@ -109,8 +111,9 @@ class TrainSet(Table):
     """A trainable set: the name of a preset and what differs from it, or a set of one's own (part, mode, include).
 
     include, exclude: regular expressions that a whole name must match: of modules with mode lora, of parameters with mode
-    full. rank ... rslora: of LoRA; alpha None: the rank. init: random draws the set's weights anew (training from nothing).
-    master: dtype that trained weights are kept in.
+    full. rank ... rslora: of LoRA; alpha None: the rank. init: random draws the set's weights anew (training from nothing);
+    std: deviation of matrices drawn so, by default what Qwen2.5 and the DiTs state; narrow networks need more. master: dtype
+    that trained weights are kept in.
     """
 
     lr: Rate
@@ -125,6 +128,7 @@ class TrainSet(Table):
     dora: bool = False
     rslora: bool = False
     init: Literal["checkpoint", "random"] | None = None
+    std: Positive = 0.02
     master: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("include", "exclude")

@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..reasonedit_core.errors import ConfigError
 
@@ -129,6 +132,19 @@ def summary(figures: Mapping[str, Any]) -> str:
 def record_hash(ids: Iterable[str]) -> str:
     """Twelve digits that tell whether two steps had the same records in the same order."""
     return sha256("\n".join(ids).encode()).hexdigest()[:12]
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, for logs: the card's name, or the processor's with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {threads}"
 
 
 def read_log(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from .distributed import (
     shard,
 )
 from .loader import cursors, load_ahead
-from .log import RunLog
+from .log import RunLog, device_name
 from .optim import Average, OptimSettings, build_optimizer, clip, rate, set_rate, to_masters
 from .optimizer_state import check_savable
 from .resume import DATA, WORLD, accept, same_as_json
@@ -199,7 +199,9 @@ class _Engine:
             curves=settings.curves,
         )
         try:
-            self.log.event("resume" if begun else "start", step=begun, world=self.ranks.world, steps=settings.steps)
+            machine = device_name(self.ranks.device)
+            about = {"world": self.ranks.world, "steps": settings.steps, "device": machine}
+            self.log.event("resume" if begun else "start", step=begun, **about)
             if not begun:
                 self._call_hooks([hook for hook in self.hooks if hook.at_start])
             outcome = self._steps()

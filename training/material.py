@@ -124,6 +124,7 @@ def make_voice(base: Base, mllm: QwenVL) -> Voice:
         settings.size_level,
         negative="" if base.system == STEP1X else " ",
         shown=Shown(low, high, settings.reasoner_max_side),
+        reflection=base.config.data.reflection,
     )
 
 

@@ -73,7 +73,8 @@ class Base:
 
         if self._choice is None:
             own = self.config.model.dialogue
-            variant = self.variant if self.system == STEP1X else None
+            ours = self.settings().dialogue == "own"  # they know our wording
+            variant = self.variant if self.system == STEP1X and not ours else None
             explicit = self.config.place(own) if own else None
             self._choice = find_pack(explicit=explicit, weights=self.parts.root, variant=variant)
         return self._choice

@@ -23,9 +23,6 @@ from .types import ParamGroup
 ADAPTER = "default"
 """Name of the trained adapter in peft; a folder saved by peft has no other."""
 
-STD = 0.02
-"""Deviation of matrices that are drawn anew; the initialisation that Qwen2.5 and the DiTs state."""
-
 # A DiT starts as the identity when these are zero: the modulation of every block, and what writes the velocity.
 _ZEROED = re.compile(
     r"(.*\.(norm1|norm1_context|norm)\.linear|.*\.(img_mod|txt_mod)\.1|norm_out\.linear|proj_out)\.(weight|bias)"
@@ -139,8 +136,8 @@ def match(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) 
     return [name for name in names if take.fullmatch(name) and not leave.fullmatch(name)]
 
 
-def draw_weights(module: nn.Module, names: Sequence[str], seed: int) -> None:
-    """Draw the named parameters anew: matrices N(0, 0.02), norms 1, biases 0, and the DiT's modulation and output 0.
+def draw_weights(module: nn.Module, names: Sequence[str], seed: int, std: float) -> None:
+    """Draw the named parameters anew: matrices N(0, std), norms 1, biases 0, and the DiT's modulation and output 0.
 
     Every tensor has its own generator, so that its values do not depend on what else is drawn.
     """
@@ -153,7 +150,7 @@ def draw_weights(module: nn.Module, names: Sequence[str], seed: int) -> None:
             data.fill_(1.0)
         else:
             drawn = torch.randn(data.shape, generator=named_generator(seed, name), dtype=torch.float32)
-            data.copy_(drawn.mul_(STD))
+            data.copy_(drawn.mul_(std))
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BackendUnavailable, ConfigError
 from ..packing import PackMask
-from . import flex, interval, ops, padded, reference, sdpa, varlen
+from . import batched, flex, interval, ops, reference, sdpa, varlen
 from .mask import Intervals, Mask, as_tensor
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ BACKENDS: tuple[Backend, ...] = (
         passes=interval.passes,
     ),
     Backend("flex", flex.available, flex.supports, flex.run, "torch FlexAttention, for packs", packs_only=True),
-    Backend("padded", padded.available, padded.supports, padded.run, "SDPA by document, for packs", packs_only=True),
+    Backend("batched", batched.available, batched.supports, batched.run, "SDPA by document, for packs", packs_only=True),
     Backend("sdpa", sdpa.available, sdpa.supports, sdpa.run, "torch scaled_dot_product_attention"),
     Backend("reference", reference.available, reference.supports, reference.run, "plain torch in fp32, slow"),
 )

@@ -1,13 +1,27 @@
 """A byte-level Qwen2 tokenizer small enough to write by hand, and the processor files beside it.
 
-256 byte tokens in the order of GPT-2 (so `!` is id 0, as in the vocabulary of Qwen), no merges, and the special tokens
-that the dialogue and the pictures need. The files are the ones of the hub; every supported transformers reads the same.
+256 byte tokens in the order of GPT-2 (so `!` is id 0, as in the vocabulary of Qwen), no merges unless they are given, and the
+special tokens that the dialogue and the pictures need. The files are the ones of the hub; every supported transformers reads
+the same.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..errors import ConfigError
+
+Merges = Sequence[tuple[str, str]]
+"""Pairs of tokens that become one, the most wanted first."""
+
+BYTES = 256
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's pattern of words: no token reaches over the end of one. The slow tokenizer files do not state it."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -55,14 +69,19 @@ def byte_tokens() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
-def special_token_ids() -> dict[str, int]:
-    """Ids of the special tokens: they follow the bytes, from 256 on."""
-    return {token: 256 + n for n, token in enumerate(SPECIAL_TOKENS)}
+def byte_vocabulary() -> dict[str, int]:
+    """The vocabulary of bytes alone."""
+    return {token: n for n, token in enumerate(byte_tokens())}
 
 
-def vocabulary_size() -> int:
+def special_token_ids(ordinary: int = BYTES) -> dict[str, int]:
+    """Ids of the special tokens: they follow the ordinary ones."""
+    return {token: ordinary + n for n, token in enumerate(SPECIAL_TOKENS)}
+
+
+def vocabulary_size(ordinary: int = BYTES) -> int:
     """Number of ids of the tokenizer, special tokens included."""
-    return 256 + len(SPECIAL_TOKENS)
+    return ordinary + len(SPECIAL_TOKENS)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -71,14 +90,23 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def write_tokenizer(folder: Path, *, fast_file: bool = True) -> None:
-    """Write the tokenizer files of a Qwen2.5-VL folder. fast_file: tokenizer.json too; some releases lack it."""
+def write_tokenizer(
+    folder: Path, *, fast_file: bool = True, vocab: Mapping[str, int] | None = None, merges: Merges = ()
+) -> None:
+    """Write the tokenizer files of a Qwen2.5-VL folder. fast_file: tokenizer.json too; some releases lack it.
+
+    vocab: ids of the ordinary tokens, 0 to their number - 1, by default those of the bytes; the special ones follow. merges:
+    how its longer tokens come about. ConfigError where the two do not fit.
+    """
+    vocab = dict(byte_vocabulary() if vocab is None else vocab)
+    _check_vocabulary(vocab, merges)
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {token: n for n, token in enumerate(byte_tokens())}
-    added = [_added_token(token, n) for token, n in special_token_ids().items()]
+    special = special_token_ids(len(vocab))
+    added = [_added_token(token, n) for token, n in special.items()]
     write_json(folder / "vocab.json", vocab)
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8", newline="\n")
-    write_json(folder / "added_tokens.json", special_token_ids())
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    write_json(folder / "added_tokens.json", special)
     write_json(folder / "special_tokens_map.json", _special_tokens_map())
     write_json(
         folder / "tokenizer_config.json",
@@ -101,7 +129,20 @@ def write_tokenizer(folder: Path, *, fast_file: bool = True) -> None:
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8", newline="\n")
     if fast_file:
-        write_json(folder / "tokenizer.json", _tokenizer_json(vocab, added))
+        write_json(folder / "tokenizer.json", _tokenizer_json(vocab, merges, added))
+
+
+def _check_vocabulary(vocab: Mapping[str, int], merges: Merges) -> None:
+    known = dict.fromkeys(byte_tokens())
+    for left, right in merges:
+        if left not in known or right not in known:
+            raise ConfigError(f"merges: expected parts that are bytes or came about before, found {left!r} {right!r}.")
+        known[left + right] = None
+    if vocab.keys() != known.keys() or sorted(vocab.values()) != list(range(len(known))):
+        raise ConfigError(
+            f"vocab: expected the {BYTES} bytes and what the {len(merges)} merges make, numbered from 0, found {len(vocab)} "
+            "tokens that are not these. Take both from one training."
+        )
 
 
 def write_processor(folder: Path, *, min_pixels: int, max_pixels: int, processor_class: str) -> None:
@@ -142,16 +183,18 @@ def _added_token(content: str, token_id: int) -> dict[str, object]:
     return {"id": token_id, "content": content, **flags}
 
 
-def _tokenizer_json(vocab: dict[str, int], added: list[dict[str, object]]) -> dict[str, object]:
+def _tokenizer_json(vocab: dict[str, int], merges: Merges, added: list[dict[str, object]]) -> dict[str, object]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    # Without merges no split of the text into words can change a token, so the word pattern of Qwen is left out.
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    words = {"type": "Sequence", "pretokenizers": [split, byte_level]} if merges else byte_level
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "NFC"},
-        # Without merges no split of the text into words can change a token, so the word pattern of Qwen is left out.
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": words,
         "post_processor": byte_level,
         "decoder": byte_level,
         "model": {
@@ -163,6 +206,6 @@ def _tokenizer_json(vocab: dict[str, int], added: list[dict[str, object]]) -> di
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": vocab,
-            "merges": [],
+            "merges": [f"{left} {right}" for left, right in merges],
         },
     }

@@ -160,7 +160,7 @@ class Report:
 StatesOf = Callable[[Sequence[TextDocument]], list[CachedStates]]
 """Computes the states of conditioning documents with a frozen MLLM (`run_mllm`)."""
 
-BATCH_PIXELS, BATCH_TOKENS = 1024 * 1024, 8192
+BATCH_PIXELS, BATCH_TOKENS = 400 * 400, 4096
 """How much is computed at once: small pictures and short documents would leave the machine waiting otherwise."""
 
 

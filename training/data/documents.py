@@ -26,6 +26,7 @@ from ...reasonedit_core.generator import PATCH
 from ...reasonedit_core.images import load_image
 from ...reasonedit_core.interfaces import Query
 from ...reasonedit_core.packing import IGNORED, Grid
+from ...reasonedit_core.reasoners.verdict import MULTI_ROUND
 from ...reasonedit_core.types import Decision
 from ..noise import digest
 from ..types import FM, NTP
@@ -114,11 +115,12 @@ class Documents:
         has = record.files
         pair = "target" in has and record.kind in ("edit", "hypothetical", "think", "reflect")
         reflects = record.kind == "reflect" and record.reflect is not None
-        marks = record.reflect.scores if reflects else None
+        scores = reflects and self.voice.reflection == MULTI_ROUND  # the other forms neither describe nor score
+        marks = record.reflect.scores if scores else None
         holds = {
             "think": record.kind == "think",
-            "describe": reflects,
-            "score": reflects,
+            "describe": scores,
+            "score": scores,
             "edit_score": marks is not None and isinstance(marks.edit, tuple),
             "quality_score": marks is not None and isinstance(marks.quality, tuple),
             "reflect": reflects,
@@ -181,7 +183,8 @@ class Documents:
         replies = reflect_replies(record)
         reasoner, speaker = self.voice.reasoner({name: [reply] for name, reply in replies.items()})
         pictures = [self._picture(record, name, pixels) for name in ("input", "generated")]
-        description = say_description(record.reflect.target_description)
+        described = self.voice.reflection == MULTI_ROUND
+        description = say_description(record.reflect.target_description) if described else ""
         reasoner.reflect(*pictures, goal, description, original=original)
         return next(query for query in speaker.asked if query.task == task), replies[task]
 

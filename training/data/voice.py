@@ -15,6 +15,7 @@ from ...reasonedit_core.errors import BackendUnavailable
 from ...reasonedit_core.generator import Geometry
 from ...reasonedit_core.reasoners.reasoner import PackReasoner
 from ...reasonedit_core.reasoners.scripted import ScriptedSpeaker
+from ...reasonedit_core.reasoners.verdict import DUAL_IMAGE, MULTI_ROUND, VerdictReasoner
 from .transcripts import Shown
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Voice:
     mllm: tokenizer and config are used (its model may be on the meta device). pack: the dialogue pack. conditioner: makes
     documents (`conditioner.document`). geometry: sizes and resizes of the system. level: square root of the generated area.
     negative: the instruction that stands where text is left out, as guidance has it. shown: how the reasoner is shown
-    pictures. paired: whether it sees the source beside the result, as released.
+    pictures. paired: whether it sees the source beside the result, as released. reflection: the form that it reflects in, one
+    of `verdict.FORMS`.
     """
 
     mllm: QwenVL
@@ -43,16 +45,20 @@ class Voice:
     negative: str = ""
     shown: Shown = Shown()
     paired: bool = False
+    reflection: str = MULTI_ROUND
 
     def reasoner(self, replies: Mapping[str, Sequence[str]]) -> tuple[PackReasoner, ScriptedSpeaker]:
         """The reasoner of inference, answered by `replies`."""
         speaker = ScriptedSpeaker(replies)
+        if self.reflection != MULTI_ROUND:
+            return VerdictReasoner(self.pack, speaker, paired=self.reflection == DUAL_IMAGE, attempts=1), speaker
         return PackReasoner(self.pack, speaker, paired=self.paired, attempts=1), speaker
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over a few documents that every part has a say in: tokenizer, template, wording, sizes, positions."""
-        digest = hashlib.sha256(repr((self.level, self.geometry, self.negative, self.shown, self.paired)).encode())
+        rules = (self.level, self.geometry, self.negative, self.shown, self.paired, self.reflection)
+        digest = hashlib.sha256(repr(rules).encode())
         grey = torch.full((1, 3, 64, 96), 0.5)
         said = {"think": ["Paint it."], "describe": ["It."], "score": [say_consistency(7.5, "Seen.")]}
         said |= {"edit_score": [NO_MARKS], "quality_score": [NO_MARKS], "reflect": ["<#Think> Seen. <#Success>"]}

@@ -1,0 +1,109 @@
+"""`reasonedit-train mini`: the recipes, and the whole way from nothing to a folder that loads, in very small."""
+
+import json
+
+import pytest
+
+from reasonedit.reasonedit_core.errors import ConfigError
+from reasonedit.training.config_file import make_config, read_recipe
+from reasonedit.training.mini import chain, finish
+from reasonedit.training.mini.card import write_card
+from reasonedit.training.mini.chain import BETWEEN, RECIPES, Chain
+from reasonedit.training.mini.finish import write_finished
+from reasonedit.training.stages import plan_stages
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_recipes_are_sound(recipe, tmp_path):
+    config = make_config(read_recipe(RECIPES / f"{recipe}.toml"), recipe, [f"run.out={tmp_path}"])
+    plans = plan_stages(config)
+    assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
+    if recipe.startswith("mini_"):
+        assert [plan.stage.name for plan in plans] == ["base", "reasoning", "editing", "unified"]
+        assert set(BETWEEN) == {plan.stage.name for plan in plans[:-1]}
+        assert [sorted(plan.stage.train) for plan in plans] == [
+            ["dit_base"], ["mllm_lora"], ["connector", "dit"], ["connector", "dit", "mllm_lora"]
+        ]  # fmt: skip
+
+
+def test_both_miniatures_are_trained_alike():
+    """What the tables say of one against the other is then of the architectures."""
+    one, other = (read_recipe(RECIPES / f"mini_{letter}.toml") for letter in "sq")
+    assert (one["run"].pop("name"), other["run"].pop("name")) == ("mini-s", "mini-q")
+    assert (one["model"].pop("system"), other["model"].pop("system")) == ("reasonedit-s", "reasonedit-q")
+    assert one["run"].pop("out") != other["run"].pop("out") and one["model"].pop("weights") != other["model"].pop("weights")
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (dict(system="mini-x"), "expected one of mini-s, mini-q, found 'mini-x'"),
+        (dict(share=0.0), "above 0 and up to 1, found 0.0"),
+        (dict(share=1.5), "above 0 and up to 1, found 1.5"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(tmp_path, wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        Chain(**{"system": "mini-s", "out": tmp_path, **wrong})
+
+
+def test_an_unknown_link_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="expected one of tokens, records, vae"):
+        Chain("mini-s", tmp_path / "out").make("nonsense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    with pytest.raises(ConfigError, match="expected a merged export"):
+        write_finished(merged, tmp_path / "out")
+    (merged / finish.MARK).write_text('{"base": "/somewhere/private"}')
+    (merged / "weights.bin").write_bytes(b"123")
+    monkeypatch.setattr(finish, "FILE_LIMIT", 2)
+    with pytest.raises(ConfigError, match="weights.bin: expected at most 2 bytes, found 3"):
+        chain._whole(tmp_path / "place", lambda part: write_finished(merged, part))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    monkeypatch.setattr(finish, "FILE_LIMIT", 3)
+    chain._whole(tmp_path / "place", lambda part: write_finished(merged, part))
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["weights.bin"]
+
+
+def test_a_card_needs_a_finished_miniature(tmp_path):
+    with pytest.raises(ConfigError, match="expected a finished miniature"):
+        write_card(tmp_path, "mini-s")
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_miniature_that_edits(tmp_path, monkeypatch):
+    """With a few records and steps: the weights know nothing, but everything is made, loads and runs, and is made once."""
+    from PIL import Image
+
+    from reasonedit.reasonedit_core.cli import main
+    from reasonedit.reasonedit_core.mini.items import scene
+    from reasonedit.reasonedit_core.mini.world import render
+
+    made = Chain("mini-q", tmp_path, share=0.0004, threads=1, quiet=True)
+    assert made.make("records") == 0 and not (tmp_path / "vae").exists()
+    books = {path.parent.name: json.loads(path.read_text())["count"] for path in tmp_path.glob("records/*/book.json")}
+    assert books == {"words": 24, "edits": 24, "pairs": 10, "triples": 10, "drawings": 2}
+    assert made.make() == 0
+    assert sorted(path.relative_to(tmp_path / "compare/mini-q").as_posix() for path in tmp_path.glob("compare/mini-q/*/*")) == [
+        *(f"reflection/{form}" for form in ("dual-image", "multi-round", "single-image")),
+        *(f"stages/{name}" for name in ("base", "edit", "reason")),
+    ]
+    folder = tmp_path / "mini-q"
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
+    card = (folder / "README.md").read_text()
+    assert "| base |" in card and "No table has been measured" in card and str(tmp_path) not in card
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert made.make() == 0  # everything is there
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+    Image.fromarray(render(scene(1))).save(tmp_path / "scene.png")
+    monkeypatch.setenv("REASONEDIT_MINIS", str(tmp_path))
+    options = ["--image", str(tmp_path / "scene.png"), "--instruction", "Remove the circle.", "--out", str(tmp_path / "edit")]
+    assert main(["edit", "--system", "mini-q", "--rounds", "1", "--quiet", *options]) == 0
+    assert Image.open(tmp_path / "edit/result.png").size == (96, 96)

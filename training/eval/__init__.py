@@ -1,0 +1,1 @@
+"""What trained systems are worth: tables of the miniature world, judged exactly (`reasonedit-eval`)."""

@@ -1,0 +1,1 @@
+"""How the miniatures are made: records of the drawn world, tokenizer, sizes, VAE training, recipes."""

@@ -1,0 +1,259 @@
+"""From nothing to a finished miniature: what `reasonedit-train mini` does, link after link.
+
+    DIR/tokenizer             the vocabulary
+    DIR/blank/NAME            random weights in the released layout, for the vocabulary and the shapes
+    DIR/records/BOOK          the drawn records, a book for each purpose (`books.py`)
+    DIR/vae/NAME              the trained autoencoder
+    DIR/runs/words            the base MLLM, from random weights; both miniatures start from it
+    DIR/start/NAME            the released layout with trained autoencoder and base MLLM, and a random DiT
+    DIR/runs/NAME             base editor, then the paper's three stages
+    DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
+    DIR/compare/NAME/...      what only tables compare with: the checkpoints between the stages, and reflectors of other forms
+
+Every link is left out where what it makes is there already, and the runs go on from their last checkpoint: starting the same
+command again is how to resume. Two miniatures made in one folder share what does not depend on the system.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...reasonedit_core.errors import ConfigError
+from ...reasonedit_core.mini.models import MINIS
+from ...reasonedit_core.reasoners.verdict import FORMS
+
+log = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).parent / "recipes"
+
+BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 60_000, "pairs": 24_000, "triples": 24_000, "drawings": 4_000}
+"""Records of each book, beside those of its validation part."""
+
+HELD_OUT = 300
+SEED = 0
+
+WORDS = "words"
+"""The recipe, and the run, of the base MLLM."""
+
+REFLECTION = "reflection"
+"""The recipe of the reflectors that table `reflection` compares."""
+
+BETWEEN = {"base": "base", "reasoning": "reason", "editing": "edit"}
+"""Stage of a miniature's recipe -> what tables call the checkpoint after it."""
+
+_SETTINGS = "reasonedit.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One miniature made in `out`. share: of the records and of the steps of every run that are made, for a trial of the
+    command; 1 is what the shipped weights were made with. sets: `A.B=VALUE` put over the recipes of this miniature's runs."""
+
+    system: str
+    out: Path
+    share: float = 1.0
+    threads: int = 0
+    sets: Sequence[str] = ()
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.system not in MINIS:
+            raise ConfigError(f"--system: expected one of {', '.join(MINIS)}, found {self.system!r}. Choose one of them.")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"--share: expected a number above 0 and up to 1, found {self.share}. Correct it.")
+
+    @property
+    def recipe(self) -> str:
+        """Of the base editor and the three stages."""
+        return self.system.replace("-", "_")
+
+    @property
+    def run(self) -> Path:
+        """Their run folder."""
+        return self.out / "runs" / self.system
+
+    @property
+    def finished(self) -> Path:
+        """The finished miniature."""
+        return self.out / self.system
+
+    # links
+
+    def make(self, until: str | None = None) -> int:
+        """Every link that is missing, up to the one named `until`. Returns the exit code: 0, or of a run that was stopped."""
+        links: dict[str, Callable[[], int]] = {
+            "tokens": self._tokens,
+            "records": self._records,
+            "vae": self._vae,
+            "words": self._words,
+            "start": self._start,
+            "stages": self._stages,
+            "finish": self._finish,
+            "compare": self._compare,
+            "card": self._card,
+        }
+        if until is not None and until not in links:
+            raise ConfigError(f"--until: expected one of {', '.join(links)}, found {until!r}. Choose one of them.")
+        for name, link in links.items():
+            log.info("%s: %s", self.system, name)
+            code = link()
+            if code or name == until:
+                return code
+        return 0
+
+    def _tokens(self) -> int:
+        from .blank import write_blank
+        from .tokens import learn_tokens, read_tokens, write_tokens
+
+        place, blank = self.out / "tokenizer", self.out / "blank" / self.system
+        if not (place / "vocab.json").is_file():
+            _whole(place, lambda part: write_tokens(part, learn_tokens()))
+        if not (blank / _SETTINGS).is_file():
+            learnt = read_tokens(place)
+            _whole(blank, lambda part: write_blank(self.system, part, vocab=learnt.vocab, merges=learnt.merges, seed=SEED))
+        return 0
+
+    def _records(self) -> int:
+        from .books import write_book
+
+        for name, count in BOOKS.items():
+            place = self.out / "records" / name
+            write_book(name, place, self._some(count), SEED, held_out=self._some(HELD_OUT))
+        return 0
+
+    def _vae(self) -> int:
+        from ..signals import EXIT_STOPPED
+        from .vae import default_settings, train_vae
+
+        place = self.out / "vae" / self.system
+        if (place / "config.json").is_file():
+            return 0
+        settings = default_settings(self.system)
+        if self.share < 1:
+            settings = default_settings(self.system, steps=self._some(settings.steps), warmup=self._some(settings.warmup))
+        made = train_vae(settings, place, self.out / "runs" / f"vae-{self.system}")
+        return 0 if made is not None else EXIT_STOPPED
+
+    def _words(self) -> int:
+        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / self.system)
+
+    def _start(self) -> int:
+        place = self.out / "start" / self.system
+        if (place / _SETTINGS).is_file():
+            return 0
+        trained = self.out / "runs" / WORDS / f"{WORDS}_merged" / "text_encoder"
+
+        def build(part: Path) -> None:
+            shutil.copytree(self.out / "blank" / self.system, part)
+            for old in (part / "text_encoder").glob("*.safetensors*"):
+                old.unlink()
+            for new in trained.glob("*.safetensors*"):
+                shutil.copy2(new, part / "text_encoder" / new.name)
+            shutil.rmtree(part / "vae")
+            shutil.copytree(self.out / "vae" / self.system, part / "vae", ignore=shutil.ignore_patterns("report.json"))
+
+        _whole(place, build)
+        return 0
+
+    def _stages(self) -> int:
+        return self._recipe_run(self.recipe, self.run)
+
+    def _finish(self) -> int:
+        """What was merged at the end of the run, as weights in one file a part, with the settings of the miniature."""
+        from .finish import write_finished
+
+        if not (self.finished / _SETTINGS).is_file():
+            _whole(self.finished, lambda part: write_finished(self.run / f"{self.system}_merged", part))
+        log.info("finished: %s", self.finished)
+        return 0
+
+    def _compare(self) -> int:
+        from ..config_file import read_snapshot
+        from ..run import export_stage
+        from ..stages import plan_stages
+
+        config = read_snapshot(self.run)
+        for plan in plan_stages(config):
+            if plan.stage.name in BETWEEN:
+                self._compared(
+                    f"stages/{BETWEEN[plan.stage.name]}", lambda part, plan=plan: export_stage(config, plan, "merged", part)
+                )
+        for form in FORMS:
+            run = self.out / "runs" / f"{self.system}-{form}"
+            start = self.out / "start" / self.system
+            sets = (f'data.reflection="{form}"', f'model.system="{MINIS[self.system]}"')
+            code = self._recipe_run(REFLECTION, run, start, sets)
+            if code:
+                return code
+            merged = run / f"{run.name}_merged"
+            self._compared(f"reflection/{form}", lambda part, merged=merged: shutil.copytree(merged, part / merged.name))
+        return 0
+
+    def _card(self) -> int:
+        """The model card; written anew each time, as tables may have been measured meanwhile."""
+        from .card import write_card
+
+        log.info("written: %s", write_card(self.out, self.system))
+        return 0
+
+    # shared parts
+
+    def _compared(self, name: str, export: Callable[[Path], object]) -> None:
+        """A folder of `compare`. export: writes *_merged into a folder."""
+        from .finish import write_finished
+
+        place = self.out / "compare" / self.system / name
+        if (place / _SETTINGS).is_file():
+            return
+
+        def build(part: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=self.out) as rough:
+                export(Path(rough))
+                write_finished(next(Path(rough).glob("*_merged")), part)
+
+        _whole(place, build)
+
+    def _recipe_run(self, recipe: str, out: Path, weights: Path | None = None, sets: Sequence[str] = ()) -> int:
+        """A run of the engine, begun, gone on with, or left as it is when it has ended."""
+        from ..config_file import SNAPSHOT, make_config, read_recipe, read_snapshot
+        from ..run import run
+
+        if (out / f"{out.name}_merged").is_dir():
+            return 0
+        if (out / SNAPSHOT).is_file():
+            return run(read_snapshot(out), source=recipe, quiet=self.quiet, resume=True)
+        path = RECIPES / f"{recipe}.toml"
+        raw = read_recipe(path)
+        raw["run"] |= {"out": str(out), "name": out.name, "threads": self.threads}
+        if weights is not None:
+            raw["model"]["weights"] = str(weights)
+        if self.share < 1:
+            for stage in raw["stage"]:
+                stage["steps"] = self._some(stage["steps"])
+                stage["optim"]["warmup"] = min(stage["optim"].get("warmup", 0), stage["steps"] // 4)
+        return run(make_config(raw, str(path), (*sets, *self.sets)), source=str(path), quiet=self.quiet)
+
+    def _some(self, count: int) -> int:
+        return max(1, round(count * self.share))
+
+
+def _whole(place: Path, build: Callable[[Path], object]) -> None:
+    """Build a folder under another name, then give it its own: it is there whole or not at all."""
+    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build(part)
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(part, place)
+    except OSError as error:
+        raise ConfigError(f"cannot write {place}: {error}; choose a folder that can be written and has room.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
