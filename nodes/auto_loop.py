@@ -176,6 +176,8 @@ class AutoLoop(io.ComfyNode):
     ) -> io.NodeOutput:
         """Run the core's loop."""
         rules, watch, rounds = policy_of(policy, on_failed, revise, accept, doubt), host.Watch(cls.hidden), Rounds()
+        if remark := editor.remark(image):
+            log.warning("%s", remark)
         references = [to_picture(r, f"reference_{n}") for n, r in ((2, reference_2), (3, reference_3)) if r is not None]
         request = editor.request(
             to_picture(image, "Auto Loop, image"),
@@ -212,7 +214,7 @@ class AutoLoop(io.ComfyNode):
             trace = replace(trace, stop_reason=str(error))
         index = picked(trace, rules, pick)
         report = report_of(replace(trace, best=index))
-        watch.show(report)
+        watch.show("\n".join(filter(None, (report, remark))))
         alpha = alpha_of(image)
         chosen = image if index is None else to_image([trace.rounds[index].image], alpha)
         return io.NodeOutput(chosen, all_rounds(trace, alpha), len(trace.rounds), report, rounds.history(trace))

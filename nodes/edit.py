@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from .host import EditedSocket, EditorSocket, io
 from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures
 from .widgets import generation_inputs, policy_input, seed_input
 
+log = logging.getLogger(__name__)
+
 
 class Preview:
     """The core's `on_step`: one bar over several edits, and small pictures of where each step is heading.
@@ -28,7 +31,7 @@ class Preview:
     def __init__(self, editor: EditorHandle, edits: int, steps: int) -> None:
         self._editor, self._steps, self._done = editor, steps, 0
         self._bar = host.StepBar(edits * steps)
-        self._show = host.previewer(editor.system)
+        self._show = host.previewer(editor.system) if editor.latents == "released" else None  # others have other colours
         self._last: torch.Tensor | None = None
 
     def begin(self, request: EditRequest, picture: torch.Tensor, *, keep: bool = False, released: bool = False) -> None:
@@ -167,6 +170,9 @@ class Edit(io.ComfyNode):
         reference_3=None,
     ) -> io.NodeOutput:
         """Edit."""
+        if previous is None and (remark := editor.remark(image)):
+            log.warning("%s", remark)
+            host.Watch(cls.hidden).show(remark)
         with host.cancellable(cls.hidden, "Edit"):
             made = edit_all(
                 editor,

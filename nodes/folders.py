@@ -1,6 +1,7 @@
 """What lies in ComfyUI's model folders: the entries of the loaders' lists, and the paths behind them.
 
-An entry is `key/relative name`: the key of the folder as ComfyUI knows it, and the place below it.
+An entry is `key/relative name`: the key of the folder as ComfyUI knows it, and the place below it. The miniatures that the
+package carries are entries of their own, by their names alone, and always there.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..reasonedit_core.errors import ConfigError
+from ..reasonedit_core.mini.models import MINIS, mini_folder
 from . import host
 
 FROM_CHECKPOINT = "from checkpoint"
 REMOTE, SCRIPTED = "remote endpoint", "scripted replies"
-NOTHING = "(none found: put one into models/reasonedit, then press R)"
 NO_LORA = "(none found: put one into models/loras, then press R)"
 AUTO = "auto"
 OWN_PACKS = {"english": "en", "chinese": "zh"}
@@ -23,9 +24,9 @@ SUFFIXES = (".safetensors", ".json", ".toml", ".txt")
 
 
 def editor_names() -> list[str]:
-    """Checkpoint folders below models/reasonedit and models/diffusers, then single transformer files."""
+    """Checkpoint folders below models/reasonedit and models/diffusers, single transformer files, then the miniatures."""
     folders = [name for key in ("reasonedit", "diffusers") for name, path in _folders(key) if _is_editor(path, key)]
-    return [*folders, *_files("diffusion_models")]
+    return [*folders, *_files("diffusion_models"), *MINIS]
 
 
 def text_encoder_names() -> list[str]:
@@ -44,12 +45,12 @@ def lora_names() -> list[str]:
 
 
 def reasoner_names() -> list[str]:
-    """What can reason: Qwen2.5-VL folders, pipelines with a text encoder, single text encoder files, and the two that need
-    no weights."""
+    """What can reason: Qwen2.5-VL folders, pipelines with a text encoder, single text encoder files, the miniatures, and the
+    two that need no weights."""
     pipelines = [
         name for key in ("reasonedit", "diffusers") for name, path in _folders(key) if (path / "text_encoder").is_dir()
     ]
-    return [*_mllm_folders(), *pipelines, *_files("text_encoders"), REMOTE, SCRIPTED]
+    return [*_mllm_folders(), *pipelines, *_files("text_encoders"), *MINIS, REMOTE, SCRIPTED]
 
 
 def dialogue_names() -> list[str]:
@@ -60,13 +61,20 @@ def dialogue_names() -> list[str]:
 
 
 def locate(name: str) -> Path:
-    """The path behind an entry of a list, `key/relative name`. ConfigError where it is gone."""
+    """The path behind an entry of a list: `key/relative name`, or a miniature. ReasonEditError where it is gone."""
+    if name in MINIS:
+        return mini_folder(name)
     key, _, rest = name.partition("/")
     for place in host.places(key):
         path = place / rest
         if rest and ".." not in Path(rest).parts and not Path(rest).is_absolute() and path.exists():
             return path
     raise ConfigError(f"expected {rest or name!r} below models/{key}, found nothing. Refresh the list (R) and choose again.")
+
+
+def short_name(name: str) -> str:
+    """An entry without its key."""
+    return name.partition("/")[2] or name
 
 
 def locate_dialogue(name: str) -> str | Path | None:

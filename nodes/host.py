@@ -295,10 +295,10 @@ class ReasonEditExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The node classes of the pack, in the order of their definition."""
-        from . import auto_loop, edit, loop, models, reflect, think, trace
+        from . import auto_loop, edit, loop, mini_scene, models, reflect, think, trace
 
         register_folder()
-        modules = (models, think, edit, reflect, loop, auto_loop, trace)
+        modules = (models, think, edit, reflect, loop, auto_loop, trace, mini_scene)
         return [
             item
             for module in modules

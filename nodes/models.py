@@ -9,18 +9,13 @@ from typing import Any
 
 from ..reasonedit_core.errors import ConfigError
 from . import folders, host
-from .folders import AUTO, FROM_CHECKPOINT, NO_LORA, NOTHING, REMOTE, SCRIPTED, locate, locate_dialogue, tokenizer_for
+from .folders import AUTO, FROM_CHECKPOINT, NO_LORA, REMOTE, SCRIPTED, locate, locate_dialogue, short_name, tokenizer_for
 from .host import EditorSocket, FileList, LorasSocket, ReasonerSocket, io
 from .sockets import EditorHandle, Lora, ReasonerHandle, Script
 
 DTYPES = (AUTO, "bfloat16", "float16", "float32")
 WEIGHTS = (AUTO, "full", "fp8")
 VARIANTS = (AUTO, "v1.2", "v1.1", "v1.0")
-
-WHERE = (
-    "Put a Step1X-Edit or Qwen-Image-Edit folder into models/reasonedit, or a single file into models/diffusion_models, and "
-    "press R to refresh"
-)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------------
@@ -46,8 +41,6 @@ def load_editor(
     from ..reasonedit_core.load import SystemSpec, load_system
     from ..reasonedit_core.parts import assemble_parts
 
-    if checkpoint == NOTHING:
-        raise ConfigError(f"checkpoint: expected one, found none. {WHERE}.")
     lacking = [name for name, value in (("text_encoder", text_encoder), ("vae", vae)) if value == FROM_CHECKPOINT]
     if checkpoint.startswith("diffusion_models/") and lacking:
         raise ConfigError(f"{checkpoint} is a single transformer file: choose its {' and its '.join(lacking)} as well.")
@@ -66,7 +59,7 @@ def load_editor(
             **_common(dialogue, dtype, loras),
         )
     )
-    name = checkpoint.partition("/")[2]
+    name = short_name(checkpoint)
     system.mover.on_unload("mllm", system.mllm.release)
     editor = EditorHandle(
         name,
@@ -77,6 +70,8 @@ def load_editor(
         system.mover,
         host.compute_device(),
         system.notes,
+        system.settings.pictures,
+        system.settings.latents,
     )
     if system.reasoner is None:
         return editor, None
@@ -112,7 +107,7 @@ def load_reasoner(
     spec = SystemSpec("", path, reasoner=f"qwen:{path}", tokenizer=tokenizer_for(path), **_common(dialogue, dtype, loras))
     loaded = load(spec)
     loaded.mover.on_unload("mllm", loaded.mllm.release)
-    name = source.partition("/")[2]
+    name = short_name(source)
     reasoner = loaded.reasoner
     return ReasonerHandle(name, reasoner.pack, reasoner.speaker, loaded.mllm, loaded.mover, loaded.pack_origin, loaded.notes)
 
@@ -235,9 +230,9 @@ class LoadEditor(io.ComfyNode):
             inputs=[
                 FileList(
                     "checkpoint",
-                    folders.editor_names() or [NOTHING],
+                    folders.editor_names(),
                     tooltip="A folder below models/reasonedit or models/diffusers, or a single file of "
-                    "models/diffusion_models.",
+                    "models/diffusion_models. mini-s and mini-q come with the pack and edit drawn miniature scenes only.",
                 ),
                 FileList(
                     "text_encoder",
@@ -288,7 +283,7 @@ class LoadEditor(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, checkpoint, text_encoder, vae, dialogue, **_kwargs) -> str:
         """Path, size and time of the files: the models are loaded again only when those change."""
-        named = [name for name in (checkpoint, text_encoder, vae) if name not in (FROM_CHECKPOINT, NOTHING)]
+        named = [name for name in (checkpoint, text_encoder, vae) if name != FROM_CHECKPOINT]
         pack = locate_dialogue(dialogue)
         return folders.fingerprint([*map(locate, named), *([pack] if isinstance(pack, Path) else [])])
 
@@ -319,7 +314,8 @@ class LoadReasoner(io.ComfyNode):
                     "source",
                     folders.reasoner_names(),
                     tooltip="A Qwen2.5-VL folder (models/reasonedit, models/LLM) or file (models/text_encoders) with lm_head, "
-                    f"or '{REMOTE}', or '{SCRIPTED}'.",
+                    f"or '{REMOTE}', or '{SCRIPTED}'. mini-s and mini-q come with the pack and know drawn miniature scenes "
+                    "only.",
                 ),
                 io.String.Input(
                     "url",

@@ -124,7 +124,7 @@ class EditorHandle:
     """An editor that is ready to edit. Its weights are moved by ComfyUI when it runs.
 
     system: `reasonedit-s` or `reasonedit-q`. defaults: the checkpoint's steps, guidance and size_level, taken where a value
-    of a node is 0. device: where it computes.
+    of a node is 0. device: where it computes. pictures, latents: what the checkpoint states of itself (`settings.Settings`).
     """
 
     name: str
@@ -135,6 +135,17 @@ class EditorHandle:
     mover: ComfyMover
     device: torch.device
     notes: tuple[str, ...] = ()
+    pictures: str = "any"
+    latents: str = "released"
+
+    def remark(self, image: torch.Tensor) -> str:
+        """What to tell the user about an IMAGE before it is edited; "" where there is nothing to say."""
+        if self.pictures == "any":
+            return ""
+        from ..reasonedit_core.mini.scenes import picture_remark
+
+        remarks = [picture_remark(self.pictures, picture) for picture in to_pictures(image)]
+        return next((remark for remark in remarks if remark), "")
 
     def request(
         self,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ConfigError, Interrupted, ReasonEditError
+from .mini.models import MINIS, has_mini
 
 SYSTEMS = ("reasonedit-s", "reasonedit-q")
 POLICIES = ("reasonedit", "released")
@@ -114,12 +115,15 @@ def run_edit(args: argparse.Namespace) -> int:
     """`reasonedit edit`."""
     from .images import load_image
     from .load import SystemSpec, choose_device, choose_dtype, load_system
+    from .mini.scenes import picture_remark
     from .report import RunFolder
     from .run import Bars, outcome_line, round_line, run_to_folder
     from .types import EditRequest
 
     if not args.instruction.strip():
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
+    if args.weights is None and args.system not in MINIS:
+        raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
     picture = load_image(args.image)
     references = tuple(load_image(path) for path in args.reference)
     device = choose_device(args.device)
@@ -147,11 +151,14 @@ def run_edit(args: argparse.Namespace) -> int:
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
+    folder.note = system.settings.notice
     if args.reasoner_lora:
         folder.describe(reasoner_loras=_told(args.reasoner_lora))
     for note in [picture.note and f"{args.image}: {picture.note}", *system.notes]:
         if note and note not in args.spoken.texts:
             tell(note)
+    if remark := picture_remark(system.settings.pictures, picture.rgb):
+        say(f"warning: {args.image}: {remark}")
     has_reasoner = system.reasoner is not None
     request = EditRequest(
         image=picture.rgb,
@@ -177,10 +184,15 @@ def run_edit(args: argparse.Namespace) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """`reasonedit demo`."""
+    args.spoken.setLevel(logging.ERROR)  # warnings about weights are for real ones
+    if not has_mini(args.system):
+        from .demo_random import demo as wiring
+
+        wiring(None, args.out, quiet=args.quiet, tell=print, say=say)
+        return 0
     from .demo import demo
 
-    args.spoken.setLevel(logging.ERROR)  # warnings about weights are for real ones
-    demo(args.image, args.out, quiet=args.quiet, tell=print, say=say)
+    demo(args.out, system=args.system, seed=args.seed, quiet=args.quiet, tell=print, say=say)
     return 0
 
 
@@ -264,8 +276,8 @@ def _add_edit(commands) -> None:
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the picture to edit")
     add("instruction", metavar="INSTRUCTION", help="what to change, in your own words")
-    add("--system", choices=SYSTEMS, required=True)
-    add("--weights", type=Path, required=True, metavar="DIR", help="folder or file of a released checkpoint")
+    add("--system", choices=(*SYSTEMS, *MINIS), required=True, help="mini-s, mini-q: miniatures that come along")
+    add("--weights", type=Path, metavar="DIR", help="folder or file of a released checkpoint (not needed for a miniature)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for result.png, rounds/, sheet.png, trace.json")
     group = parser.add_argument_group("reasoning")
     add = group.add_argument
@@ -305,11 +317,13 @@ def _add_edit(commands) -> None:
 def _add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="run the whole loop on tiny random weights",
-        description="Run the whole loop on tiny random weights made on the spot: it shows the wiring, not good pictures.",
+        help="think, edit and reflect on three drawn scenes, with weights that come along",
+        description="Run the whole loop on three scenes that no training has seen, with the miniature weights of the package. "
+        "The exact judge marks every round.",
     )
     _add_common(parser, run_demo)
-    parser.add_argument("--image", type=Path, metavar="FILE", help="picture to edit (a photograph of scikit-image)")
+    parser.add_argument("--system", choices=MINIS, default="mini-s", help="which miniature (mini-s)")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=1, metavar="N", help="of the scenes (1)")
     parser.add_argument("--out", type=Path, default=Path("reasonedit-demo"), metavar="DIR", help="(./reasonedit-demo)")
 
 

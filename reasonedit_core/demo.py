@@ -1,93 +1,115 @@
-"""`reasonedit demo`: the whole loop, from picture to sheet, on tiny random weights made on the spot.
+"""`reasonedit demo`: three scenes that no training has seen, the whole loop with real weights, and the exact judge beside it.
 
-The code is the one that runs the released checkpoints; only the weights are small and random, so the pictures and the words
-mean nothing. What it shows is that everything is wired and works on this machine.
+The weights are a miniature that the package carries. The code is the one that runs the released checkpoints; the judge sees
+the pictures only and has no part in the loop, so its marks say what the loop's own verdicts are worth.
 """
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
-from .dialogue.pack import Pack
-from .dialogue.packfile import format_pack
-from .dialogue.prompts import load_pack
+from .errors import ConfigError
 from .files import write_json, write_whole
-from .images import Picture, from_pil, load_image
-from .load import SystemSpec, load_system
-from .loop import POLICIES
-from .mini.builder import build_checkpoint
-from .report import RunFolder
-from .run import Bars, outcome_line, round_line, run_to_folder
-from .settings import FILE_NAME
-from .types import EditRequest, EditTrace
+from .images import to_pil
+from .load import System, SystemSpec, load_system
+from .mini.items import Item
+from .mini.judge import Judgement
+from .mini.models import MINIS
+from .mini.scenes import draw, judge_picture, shown_items
+from .report import RunFolder, encode_png
+from .run import Bars, outcome_line, round_line, run_to_folder, short
+from .sheet import draw_rows
+from .types import Counts, EditRequest, EditTrace
 
-INSTRUCTION = "What would this look like after a night of heavy snow?"
-ROUNDS, SEED = 3, 26
-PIXELS = (64 * 28 * 28, 128 * 28 * 28)
-SETTINGS = {"steps": 8, "size_level": 256, "conditioner_pixels": PIXELS, "reasoner_pixels": PIXELS}
-"""What the demonstration's checkpoint states in its reasonedit.json: small pictures, few steps."""
+DEFAULT = "mini-s"
+SEED = 1
+"""Of the scenes. Set before there were weights to look good on them."""
 
-REPLY_TOKENS = 40
-"""Budget per reply: random weights never come to an end by themselves, and nobody reads what they write."""
+ROUNDS = 3
+SIDE = 224
+"""Width of a picture with its frame on the sheet: 96 pixels are drawn twice as large."""
+
+TRACE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One scene of the demonstration. marks: the judge's, one per round."""
+
+    item: Item
+    folder: str
+    trace: EditTrace
+    marks: tuple[Judgement, ...]
 
 
 def demo(
-    image: Path | None,
     out: Path,
     *,
+    system: str = DEFAULT,
+    seed: int = SEED,
     quiet: bool = False,
     tell: Callable[[str], None],
     say: Callable[[str], None],
-) -> EditTrace:
-    """Run the demonstration and write it to `out`. tell: the lines of the report; say: remarks on the way."""
-    picture, origin = choose_picture(image)
-    tell(f"picture: {origin}")
-    tell("weights: tiny and random, made on the spot; this shows the wiring only, pictures and words mean nothing")
+) -> list[Shown]:
+    """Run the demonstration and write it to `out`. tell: the lines of the report; say: remarks on the way.
+
+    Each scene has a folder of its own, as `reasonedit edit` writes it, with its source and the picture that is wanted beside
+    it; sheet.png shows all three, trace.json tells of them.
+    """
+    if system not in MINIS:
+        raise ConfigError(f"--system: expected one of {', '.join(MINIS)}, found {system!r}; choose one of them")
+    started, bars, shown = time.monotonic(), Bars(quiet), []
+    out = Path(out)
+    RunFolder(out)  # a place that cannot be written is told of before the weights are loaded
     with _one_thread():
-        trace = _run(picture, origin, out, Bars(quiet), say)
-    for done in trace.rounds:
-        tell(round_line(done))
-    tell(outcome_line(trace))
-    tell(f"written: {out / 'sheet.png'}, trace.json, rounds/, result.png")
-    return trace
-
-
-def _run(picture: Picture, origin: str, out: Path, bars: Bars, say: Callable[[str], None]) -> EditTrace:
-    run = {"image": origin, "system": "reasonedit-s", "policy": "reasonedit", "weights": "tiny, random", "device": "cpu"}
-    note = "Tiny random weights: the wiring is shown, pictures and words mean nothing."
-    folder = RunFolder(out, alpha=picture.alpha, run=run, counts=lambda: system.counts, note=note)
-    with tempfile.TemporaryDirectory(prefix="reasonedit-demo-") as temporary:
-        weights = build_checkpoint("step1x-v1p2", Path(temporary) / "weights", seed=SEED)
-        write_whole(weights / "dialogue.toml", format_pack(short_pack()).encode())
-        write_json(weights / FILE_NAME, SETTINGS)
-        spec = SystemSpec(system="reasonedit-s", weights=weights, dtype="float32", device="cpu", seed=SEED)
         with bars.loading() as on_progress:
-            system = load_system(spec, on_progress=on_progress)
-        request = EditRequest(
-            image=picture.rgb,
-            instruction=INSTRUCTION,
-            seed=SEED,
-            steps=system.defaults["steps"],
-            guidance=system.defaults["guidance"],
-            size_level=system.defaults["size_level"],
-            negative=system.defaults["negative"],
-            max_rounds=ROUNDS,
-        )
-        return run_to_folder(system, request, POLICIES["reasonedit"], folder, bars=bars, say=say)
+            loaded = load_system(SystemSpec(system), on_progress=on_progress)
+        tell(f"{system}: {loaded.settings.notice}".rstrip(": "))
+        for number, item in enumerate(shown_items(seed), start=1):
+            tell(f"\nscene {number} ({item.knowledge}): {item.instruction}")
+            shown.append(_run(loaded, system, item, out, str(number), bars, say))
+            for line in report_lines(shown[-1]):
+                tell(line)
+    write_whole(out / "sheet.png", encode_png(contact_sheet(shown, system, loaded.settings.notice), {}))
+    write_json(out / "trace.json", record(shown, system, seed))
+    folders = ", ".join(f"{each.folder}/" for each in shown)
+    tell(f"\nwritten in {time.monotonic() - started:.1f} s: {out / 'sheet.png'}, trace.json, {folders}")
+    return shown
+
+
+def _run(loaded: System, system: str, item: Item, out: Path, name: str, bars: Bars, say: Callable[[str], None]) -> Shown:
+    run = {"image": f"held-out scene {item.seed} ({item.rule})", "system": system, "policy": "reasonedit"}
+    run |= {"concrete": item.concrete, "dialogue": dict(loaded.pack_origin or {})}
+    before = replace(loaded.counts)
+    folder = RunFolder(out / name, run=run, counts=lambda: _since(before, loaded.counts), note=loaded.settings.notice)
+    source = draw(item.source)
+    request = EditRequest(
+        image=source,
+        instruction=item.instruction,
+        seed=item.seed,
+        steps=loaded.defaults["steps"],
+        guidance=loaded.defaults["guidance"],
+        size_level=loaded.defaults["size_level"],
+        negative=loaded.defaults["negative"],
+        max_rounds=ROUNDS,
+    )
+    trace = run_to_folder(loaded, request, loaded.policy, folder, bars=bars, say=say)
+    for file, picture in (("source", source), ("wanted", draw(item.target))):
+        write_whole(out / name / f"{file}.png", encode_png(to_pil(picture), {}))
+    return Shown(item, name, trace, tuple(judge_picture(item, done.image) for done in trace.rounds))
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several cores, by far where the machine has other work."""
+    """Matrices this small are slower on several cores, by far where the machine has many, or other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,41 +118,68 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def short_pack() -> Pack:
-    """Our own English dialogue pack with short replies."""
-    pack = load_pack("en")
-    tasks = {name: replace(prompt, max_new_tokens=REPLY_TOKENS) for name, prompt in pack.tasks.items()}
-    return replace(pack, name="demo", tasks=tasks)
+def _since(before: Counts, now: Counts) -> Counts:
+    return Counts(**{name: value - getattr(before, name) for name, value in asdict(now).items()})
 
 
-def choose_picture(image: Path | None) -> tuple[Picture, str]:
-    """The picture of the demonstration, and where it comes from in words."""
-    if image is not None:
-        return load_image(image), str(image)
-    if find_spec("skimage") is not None:
-        try:
-            from skimage import data
-
-            return Picture(from_pil(Image.fromarray(data.chelsea()))), "the photograph `chelsea` of scikit-image"
-        except (ImportError, OSError, ValueError) as error:  # a release that no longer ships it, and no network
-            return Picture(from_pil(draw_picture())), f"drawn by the demo (scikit-image could not give one: {error})"
-    return Picture(from_pil(draw_picture())), "drawn by the demo (scikit-image, which has photographs, is not installed)"
+# ---- what is told --------------------------------------------------------------------------------------------------------
 
 
-def draw_picture(width: int = 480, height: int = 320) -> Image.Image:
-    """A landscape in the evening: sky, sun, hills, a house with a lit window."""
-    t = np.linspace(0, 1, height)[:, None, None]
-    sky = (1 - t) * np.array([70, 104, 170]) + t * np.array([250, 196, 138])
-    page = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).astype(np.uint8))
-    draw = ImageDraw.Draw(page)
-    w, h = width / 480, height / 320
-    draw.ellipse((330 * w, 96 * h, 400 * w, 166 * h), fill="#ffe9b0")
-    for level, swing, phase, colour in ((188, 26, 0.6, "#6d7f9c"), (222, 20, 2.1, "#4f6f62"), (256, 12, 4.0, "#3d5a3c")):
-        x = np.linspace(0, 480, 97)
-        y = level - swing * np.sin(x / 62 + phase) - swing / 3 * np.sin(x / 23 + 2 * phase)
-        draw.polygon([(0, height), *zip(x * w, y * h, strict=True), (width, height)], fill=colour)
-    draw.rectangle((118 * w, 196 * h, 194 * w, 254 * h), fill="#c9b18c")
-    draw.polygon([(106 * w, 198 * h), (156 * w, 158 * h), (206 * w, 198 * h)], fill="#8a3f36")
-    draw.rectangle((132 * w, 212 * h, 152 * w, 232 * h), fill="#ffd873")
-    draw.rectangle((166 * w, 214 * h, 184 * w, 254 * h), fill="#5b4030")
-    return page.filter(ImageFilter.GaussianBlur(0.6))
+def judge_line(mark: Judgement) -> str:
+    """The judge's marks in one line."""
+    asked, kept = ([holds for _, holds in claims] for claims in (mark.asked, mark.kept))
+    return (
+        f"judge {mark.overall:.1f} of 10: {sum(asked)} of {len(asked)} changes made, {sum(kept)} of {len(kept)} others kept, "
+        f"quality {mark.quality:.1f}"
+    )
+
+
+def report_lines(shown: Shown) -> list[str]:
+    """What a scene's run came to: the thought, a line per round with a line of the judge, the outcome, what was wanted."""
+    trace = shown.trace
+    lines = [f"  thought: {short(trace.goal, 150)}"]
+    for done, mark in zip(trace.rounds, shown.marks, strict=True):
+        lines += [f"  {round_line(done)}", f"    {judge_line(mark)}"]
+    return [*lines, f"  {outcome_line(trace)}", f"  wanted: {shown.item.concrete}"]
+
+
+def contact_sheet(shown: list[Shown], system: str, note: str = "") -> Image.Image:
+    """All scenes on one page: the source, every round with its verdict and the judge's mark, and what was wanted."""
+    rows = []
+    for each in shown:
+        trace = each.trace
+        pictures = [("source (best)" if trace.best is None else "source", to_pil(trace.request.image))]
+        for done, mark in zip(trace.rounds, each.marks, strict=True):
+            verdict = done.reflection.decision.value if done.reflection else "not judged"
+            best = " (best)" if done.index == trace.best else ""
+            pictures.append((f"round {done.index + 1}: {verdict}{best}\njudge {mark.overall:.1f}", to_pil(done.image)))
+        pictures.append(("wanted", to_pil(draw(each.item.target))))
+        rows.append((f"{each.item.instruction}\n{trace.goal}", pictures))
+    title = f"{system}: think, edit, reflect"
+    words = "Verdicts are the system's own. The judge reads the pixels exactly and has no part in the loop. "
+    return draw_rows(title, rows, words + note, card=SIDE)
+
+
+def record(shown: list[Shown], system: str, seed: int) -> dict[str, Any]:
+    """What trace.json holds: per scene what was asked, where its own trace lies, and the judge's marks."""
+    scenes = []
+    for each in shown:
+        item = each.item
+        marks = [
+            {name: round(getattr(mark, name), 3) for name in ("overall", "success", "preservation", "quality")}
+            for mark in each.marks
+        ]
+        scenes.append(
+            {
+                "rule": item.rule,
+                "knowledge": item.knowledge,
+                "instruction": item.instruction,
+                "thought": each.trace.goal,
+                "wanted": item.concrete,
+                "best": each.trace.best,
+                "stop_reason": each.trace.stop_reason,
+                "trace": f"{each.folder}/trace.json",
+                "judge": marks,
+            }
+        )
+    return {"version": TRACE_VERSION, "system": system, "seed": seed, "scenes": scenes}

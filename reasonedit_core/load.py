@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from .detect import QWEN, STEP1X
 from .errors import BackendUnavailable, ConfigError
 from .loop import POLICIES
+from .mini.models import MINIS, mini_folder
 from .parts import Parts, can_speak, find_parts, read_schedule
 from .settings import Settings, read_settings
 from .types import Counts, Policy
@@ -46,17 +47,18 @@ MakeMover = Callable[[Mapping[str, torch.nn.Module], torch.device], "Mover"]
 class SystemSpec:
     """What to load and how.
 
-    weights: a folder in a released layout (diffusers folders or single files). parts: in place of `weights`, where each part
-    lies. reasoner: `qwen` (the checkpoint's own MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another
-    Qwen2.5-VL), `none`, `remote:URL` or `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file
-    or peft folder, scale), each onto the DiT or the checkpoint's MLLM as its keys say; `load_reasoner` has only an MLLM for
-    them. reasoner_loras: the same for the MLLM of a `qwen:DIR`. variant: of Step1X single files, which their keys do not tell.
-    models_dir: ComfyUI's models folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward.
-    make_mover: in place of `offload`; weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
+    system: one of SYSTEMS, or a mini of the package. weights: a folder in a released layout (diffusers folders or single
+    files); None for a mini's own. parts: in place of `weights`, where each part lies. reasoner: `qwen` (the checkpoint's own
+    MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another Qwen2.5-VL), `none`, `remote:URL` or
+    `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file or peft folder, scale), each onto the
+    DiT or the checkpoint's MLLM as its keys say; `load_reasoner` has only an MLLM for them. reasoner_loras: the same for the
+    MLLM of a `qwen:DIR`. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder,
+    where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights
+    are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
-    weights: Path
+    weights: Path | None = None
     reasoner: str = "qwen"
     dialogue: Path | None = None
     policy: str = "reasonedit"
@@ -110,8 +112,12 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
 
     Raises ConfigError for a value of the spec, CheckpointError for the weights.
     """
+    if spec.system in MINIS:
+        spec = replace(spec, system=MINIS[spec.system], weights=spec.weights or mini_folder(spec.system))
     if spec.system not in SYSTEMS:
-        raise ConfigError(f"expected a system out of {', '.join(SYSTEMS)}, found {spec.system!r}.")
+        raise ConfigError(f"expected a system out of {', '.join((*SYSTEMS, *MINIS))}, found {spec.system!r}.")
+    if spec.weights is None and spec.parts is None:
+        raise ConfigError(f"{spec.system}: expected a folder of weights, found none. Name it.")
     if spec.policy not in POLICIES:
         raise ConfigError(f"expected a policy out of {', '.join(POLICIES)}, found {spec.policy!r}.")
     if spec.dtype not in ("auto", *DTYPES):
@@ -127,15 +133,15 @@ def load_reasoner(spec: SystemSpec) -> LoadedReasoner:
     kind, _, value = spec.reasoner.partition(":")
     if kind not in ("qwen", "remote", "scripted") or not value:
         raise ConfigError(f"expected a reasoner out of qwen:PATH, remote:URL, scripted:FILE, found {spec.reasoner!r}.")
-    root = Path(value) if kind == "qwen" else Path()
-    settings = read_settings(root, "step1x-v1.2")
-    choice = _find_pack(spec, root if kind == "qwen" else None, None)
     if kind != "qwen":
+        choice = _find_pack(spec, None, None)
         _refuse_reasoner_loras(spec.loras, spec.reasoner)
         return LoadedReasoner(_reasoner(spec, choice, _distant_speaker(kind, value)), _origin(choice))
+    settings = read_settings(Path(value), "step1x-v1.2")
+    choice = _find_pack(spec, Path(value), None, settings)
     mllm, mover, notes = _load_speaking(spec, value, Counts(), spec.loras)
-    reasoner = _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover))
-    return LoadedReasoner(reasoner, _origin(choice), mllm, mover, tuple(notes))
+    reasoner = _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover), settings)
+    return LoadedReasoner(reasoner, _origin(choice), mllm, mover, (*_notice(settings), *notes))
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -206,7 +212,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     settings = read_settings(parts.root, f"step1x-{variant}")
     if settings.schedule != "checkpoint":
         raise ConfigError(f"{parts.root}: schedule {settings.schedule!r} belongs to Qwen-Image. Remove it in reasonedit.json.")
-    choice = _find_pack(spec, parts.root, variant)
+    choice = _find_pack(spec, parts.root, variant, settings)
     prompt = choice.pack.conditioning_for(variant)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
     conditioner = Step1XConditioner(
@@ -257,7 +263,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     progress("VAE")
     vae, _ = load_qwen_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
-    choice = _find_pack(spec, parts.root, None)
+    choice = _find_pack(spec, parts.root, None, settings)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
     conditioner = QwenImageConditioner(
         mllm,
@@ -291,8 +297,13 @@ SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_s
 def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes) -> System:
     defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
     reasoner, more = _make_reasoner(spec, choice, mllm, settings, mover, counts)
-    parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), (*notes, *more))
+    notes = (*_notice(settings), *notes, *more)
+    parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), notes)
     return System(spec.system, *parts, mover)
+
+
+def _notice(settings: Settings) -> tuple[str, ...]:
+    return (settings.notice,) if settings.notice else ()
 
 
 def _origin(choice: PackChoice) -> dict[str, Any]:
@@ -319,7 +330,7 @@ def _make_reasoner(
     if kind == "none" or (kind == "own" and not mllm.can_generate):
         return None, []
     if kind in ("qwen", "own"):
-        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), []
+        return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover), settings), []
     if kind in ("remote", "scripted") and value:
         return _reasoner(spec, choice, _distant_speaker(kind, value)), []
     raise ConfigError(
@@ -327,11 +338,15 @@ def _make_reasoner(
     )
 
 
-def _reasoner(spec: SystemSpec, choice: PackChoice, speaker: Speaker) -> Reasoner:
+def _reasoner(spec: SystemSpec, choice: PackChoice, speaker: Speaker, settings: Settings | None = None) -> Reasoner:
+    """settings: of the weights that speak, where they are here."""
+    from .dialogue.pack import fitted
     from .reasoners.reasoner import PackReasoner
 
-    released = POLICIES[spec.policy].released
-    return PackReasoner(choice.pack, speaker, paired=released, released=released, seed=spec.seed)
+    released, pack = POLICIES[spec.policy].released, choice.pack
+    if settings is not None:
+        pack = fitted(pack, reply_tokens=settings.reply_tokens, scores=settings.scores)
+    return PackReasoner(pack, speaker, paired=released, released=released, seed=spec.seed)
 
 
 def _distant_speaker(kind: str, value: str) -> Speaker:
@@ -400,9 +415,11 @@ def _refuse_reasoner_loras(loras: Loras, reasoner: str) -> None:
         )
 
 
-def _find_pack(spec: SystemSpec, root: Path | None, variant: str | None) -> PackChoice:
+def _find_pack(spec: SystemSpec, root: Path | None, variant: str | None, settings: Settings | None = None) -> PackChoice:
     from .dialogue.prompts import find_pack
 
+    if settings is not None and settings.dialogue == "own":  # they know our wording, and no other that lies about
+        return find_pack(explicit=spec.dialogue, weights=root)
     return find_pack(explicit=spec.dialogue, weights=root, models_dir=spec.models_dir, variant=variant)
 
 

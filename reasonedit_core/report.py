@@ -99,8 +99,8 @@ class RunFolder:
         note: str = "",
     ) -> None:
         """alpha: (1, 1, H, W) of the source, put back on every picture. counts: asked at every write. note: for the sheet."""
-        self.folder = Path(folder)
-        self._alpha, self._run, self._counts, self._note = alpha, dict(run or {}), counts, note
+        self.folder, self.note = Path(folder), note
+        self._alpha, self._run, self._counts = alpha, dict(run or {}), counts
         self._pictures: dict[int, bytes] = {}
         self._started = False
         # asked now, not after the first edit is paid for
@@ -135,7 +135,7 @@ class RunFolder:
         result = encode_png(source, {}) if trace.best is None else self._pictures[trace.best]
         write_whole(self.folder / RESULT, result)
         pictures = [source, *(with_alpha(done.image, self._alpha) for done in trace.rounds)]
-        write_whole(self.folder / SHEET, encode_png(draw_sheet(trace, pictures, self._note), {}))
+        write_whole(self.folder / SHEET, encode_png(draw_sheet(trace, pictures, self.note), {}))
         return self.folder / RESULT
 
     def _clear_earlier_run(self) -> None:

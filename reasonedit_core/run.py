@@ -64,7 +64,7 @@ class Bars:
     def text(self, task: str, so_far: str) -> None:
         """The loop's `on_text`: the last words of what the reasoner writes."""
         if self._rounds is not None and not self._off:
-            self._rounds.set_postfix_str(f"{task}: {_short(so_far[-40:])}")
+            self._rounds.set_postfix_str(f"{task}: {short(so_far[-40:])}")
 
     def rounds(self, trace: EditTrace) -> None:
         """After an edit, and again after its reflection."""
@@ -133,7 +133,7 @@ def run_to_folder(
 
 def round_line(done: Round) -> str:
     """One line that says what a round did."""
-    words = f"round {done.index + 1}: {_short(done.instruction)}"
+    words = f"round {done.index + 1}: {short(done.instruction)}"
     seen = done.reflection
     if seen is None:
         return f"{words} -> not judged ({done.seconds:.1f} s)"
@@ -154,7 +154,7 @@ def _pairs(scores) -> list[tuple[str, tuple[float, ...]]]:
     return [(name, pair) for name, pair in (("edit", scores.edit), ("quality", scores.quality)) if pair is not None]
 
 
-def _short(text: str, most: int = 70) -> str:
+def short(text: str, most: int = 70) -> str:
     """One printable line: what a model wrote must not move the cursor or colour the terminal."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -27,6 +27,12 @@ class Settings(BaseModel):
     root of the generated area; multiple: what a generated side is a multiple of; dropped_tokens: leading tokens cut from
     the conditioning (None: what the dialogue pack says). schedule: `lightning` for a Qwen-Image checkpoint that a Lightning
     LoRA distilled (guidance 1, 4 or 8 steps); `checkpoint` for the scheduler's own configuration.
+
+    What a checkpoint of one's own may differ in. dialogue: `own` when it was trained with this package's wording, which is
+    then spoken unless the user names a pack. reply_tokens: most tokens that its MLLM writes in one reply (None: what the
+    dialogue pack says). scores: what its MLLM learnt to score beside consistency; it is asked for nothing else. latents: `own`
+    when its VAE is not the released one. pictures: what it can edit; `miniature`: only the drawn scenes of `mini.world`.
+    notice: a sentence for everybody who loads it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +47,12 @@ class Settings(BaseModel):
     condition_area: int = Field(384 * 384, ge=_CELL)
     dropped_tokens: int | None = Field(None, ge=0)
     schedule: Literal["checkpoint", "lightning"] = "checkpoint"
+    dialogue: Literal["released", "own"] = "released"
+    reply_tokens: int | None = Field(None, ge=32, le=32768)
+    scores: tuple[Literal["edit", "quality"], ...] = ("edit", "quality")
+    latents: Literal["released", "own"] = "released"
+    pictures: Literal["any", "miniature"] = "any"
+    notice: str = Field("", max_length=500)
 
     @model_validator(mode="after")
     def _check(self) -> Settings:

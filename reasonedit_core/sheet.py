@@ -71,28 +71,35 @@ def draw_sheet(trace: EditTrace, pictures: list[Image.Image], note: str = "") ->
     return page
 
 
-def draw_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], note: str = "") -> Image.Image:
-    """A page of rows, each some words above pictures with their captions. Pictures of any mode and size; rows may be ragged."""
+def draw_rows(
+    title: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], note: str = "", *, card: int = CARD
+) -> Image.Image:
+    """A page of rows, each some words above pictures with their captions. Pictures of any mode and size; rows may be ragged.
+
+    Words and captions may have several lines; the first is the strongest. card: width of a picture with its frame.
+    """
     columns = max((len(pictures) for _, pictures in rows), default=1)
-    inner, step = CARD - 2 * PAD, CARD + GAP
+    inner, step = card - 2 * PAD, card + GAP
     width = 2 * MARGIN + columns * step - GAP
     head = _paragraph(title, 27, INK, width - 2 * MARGIN, 3)
     foot = _paragraph(note, 15, SOFT, width - 2 * MARGIN, 3)
-    words = [_paragraph(text, 16, INK, width - 2 * MARGIN, 4) for text, _ in rows]
-    boxes = [_picture_height(pictures[0][1]) if pictures else 0 for _, pictures in rows]
-    heights = [_height(lines) + 8 + box + 2 * PAD + 22 for lines, box in zip(words, boxes, strict=True)]
+    words = [_several(text, 16, INK, width - 2 * MARGIN, 4) for text, _ in rows]
+    said = [[_several(caption, 14, SOFT, inner, 3) for caption, _ in pictures] for _, pictures in rows]
+    boxes = [_picture_height(pictures[0][1], inner) if pictures else 0 for _, pictures in rows]
+    frames = [box + 2 * PAD + 2 + max(map(_height, lines), default=20) for box, lines in zip(boxes, said, strict=True)]
+    heights = [_height(lines) + 8 + frame for lines, frame in zip(words, frames, strict=True)]
     top = MARGIN + _height(head) + 20
     page = Image.new("RGB", (width, top + sum(heights) + GAP * len(rows) + _height(foot) + MARGIN), PAPER)
     _write(page, head, MARGIN, MARGIN)
-    for (_, pictures), lines, box, height in zip(rows, words, boxes, heights, strict=True):
-        _write(page, lines, MARGIN, top)
-        y = top + _height(lines) + 8
-        for column, (caption, picture) in enumerate(pictures):
+    for n, (_, pictures) in enumerate(rows):
+        _write(page, words[n], MARGIN, top)
+        y = top + _height(words[n]) + 8
+        for column, (_, picture) in enumerate(pictures):
             left = MARGIN + column * step
-            _rounded(page, (left, y, CARD, box + 2 * PAD + 22), WHITE, 14)
-            _picture(page, picture, (left + PAD, y + PAD, inner, box))
-            _write(page, _paragraph(caption, 14, SOFT, inner, 1), left + PAD, y + PAD + box + 4)
-        top += height + GAP
+            _rounded(page, (left, y, card, frames[n]), WHITE, 14)
+            _picture(page, picture, (left + PAD, y + PAD, inner, boxes[n]))
+            _write(page, said[n][column], left + PAD, y + PAD + boxes[n] + 4)
+        top += heights[n] + GAP
     _write(page, foot, MARGIN, top)
     return page
 
@@ -228,6 +235,15 @@ def _paragraph(text: str, size: int, colour: str, width: int, most: int) -> list
     return [Line(line, size, colour, round(size * 1.42)) for line in wrap(text, size, width, most)]
 
 
+def _several(text: str, size: int, colour: str, width: int, most: int) -> list[Line]:
+    """The lines of a text, each wrapped; behind the first of several they are smaller and softer."""
+    first, *rest = text.split("\n")
+    lines = _paragraph(first, size, INK if rest else colour, width, most)
+    for more in rest:
+        lines += _paragraph(more, size - 1, SOFT, width, most)
+    return lines
+
+
 def _space(height: int) -> list[Line]:
     return [Line("", 1, INK, height)]
 
@@ -311,8 +327,7 @@ def _text_height(card: Card) -> int:
     return 12 + verdict + (SCORES if card.scores else 0) + _height(list(card.lines)) + PAD
 
 
-def _picture_height(source: Image.Image) -> int:
-    width = CARD - 2 * PAD
+def _picture_height(source: Image.Image, width: int = CARD - 2 * PAD) -> int:
     return min(max(round(width * source.height / source.width), 170), 440)
 
 

@@ -23,7 +23,9 @@ from typing import Any
 
 import pytest
 
-from reasonedit.reasonedit_core.demo import draw_picture
+from reasonedit.reasonedit_core.mini.models import PLACE
+from reasonedit.tests.minis import stand_ins
+from reasonedit.tests.pictures import draw_picture
 from reasonedit.tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +96,8 @@ class ComfyServer:
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         # Large blocks go back to the system at once, so that resident memory says what is held.
         env |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+        if minis := stand_ins(base / "minis"):
+            env[PLACE] = str(minis)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=comfyui_path(), env=env, stdout=log, stderr=subprocess.STDOUT)
 

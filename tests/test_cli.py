@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,17 @@ from PIL import Image
 
 from reasonedit.reasonedit_core import cli, load, loop, offload, run
 from reasonedit.reasonedit_core.cli import main
-from reasonedit.reasonedit_core.demo import short_pack
+from reasonedit.reasonedit_core.dialogue.pack import Pack, fitted
 from reasonedit.reasonedit_core.dialogue.packfile import format_pack
+from reasonedit.reasonedit_core.dialogue.prompts import load_pack
 from reasonedit.tests.tiny import tiny_checkpoint
 
 SMALL = {"steps": 2, "guidance": 2.0, "size_level": 64, "conditioner_pixels": [3136, 6272], "reasoner_pixels": [3136, 6272]}
+
+
+def short_pack() -> Pack:
+    """Our own wording with short replies: random weights never come to an end by themselves."""
+    return replace(fitted(load_pack("en"), reply_tokens=40), name="short")
 
 
 def consistency(score: float, meets: str = "yes") -> str:
@@ -114,7 +121,7 @@ BASE = ["edit", "cat.png", "x", "--system", "reasonedit-s", "--weights", ".", "-
         ([*BASE, "--lora", "cat.png:much"], "--lora: expected a number from -100 to 100, found 'much'"),
         ([*BASE, "--dialogue", "nope.toml"], "--dialogue: expected a path that exists, found nothing at 'nope.toml'"),
         ([*BASE, "--step", "3"], "unrecognized arguments: --step 3"),
-        (["edit", "cat.png"], "required: INSTRUCTION, --system, --weights, --out"),
+        (["edit", "cat.png"], "required: INSTRUCTION, --system, --out"),
         (["edit", "cat.png", "  ", *BASE[3:]], "INSTRUCTION: expected words that say what to change, found none"),
         (["edit", "nope.png", "x", *BASE[3:]], "Expected a picture file at nope.png, found nothing"),
         (["edit", "replies.json", "x", *BASE[3:]], "expected a picture"),
@@ -124,7 +131,8 @@ BASE = ["edit", "cat.png", "x", "--system", "reasonedit-s", "--weights", ".", "-
         (["edit", "cat.png", "x", *BASE[3:7], "--out", "cat.png"], "--out: expected a folder, found the file cat.png"),
         (["download", "sdxl", "--to", "o"], "invalid choice: 'sdxl'"),
         (["dialogue", "import", "nowhere", "--out", "o/x.toml"], "nowhere"),
-        (["demo", "--image", "nope.png"], "Expected a picture file at nope.png"),
+        (["demo", "--system", "reasonedit-s"], "--system: invalid choice: 'reasonedit-s'"),
+        (["edit", "cat.png", "x", "--system", "reasonedit-s", "--out", "o"], "--weights: expected a folder or file"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "COMMAND"),
     ],
@@ -228,7 +236,7 @@ def test_the_trace_keeps_which_pack_spoke(here, weights):
     Path("short.toml").write_text(format_pack(short_pack()), encoding="utf-8")
     assert edit(weights, "--reasoner", "none", "--dialogue", "short.toml") == 0
     said = trace()["request"]["dialogue"]
-    assert (said["origin"], said["name"]) == ("explicit", "demo")
+    assert (said["origin"], said["name"]) == ("explicit", "short")
     assert said["sha256"] == hashlib.sha256(Path("short.toml").read_bytes()).hexdigest()
 
 
@@ -412,8 +420,8 @@ def test_debug_shows_the_traceback(here, monkeypatch):
 def test_what_a_model_writes_cannot_move_the_cursor(capsys):
     cli.say("read \x1b[2J and 下雪")
     assert capsys.readouterr().err == "reasonedit: read \\x1b[2J and 下雪\n"
-    assert run._short("a\x1b[2Jb\r\nc\x07") == "a [2Jb c"
-    assert run._short("x" * 99) == "x" * 67 + "..."
+    assert run.short("a\x1b[2Jb\r\nc\x07") == "a [2Jb c"
+    assert run.short("x" * 99) == "x" * 67 + "..."
 
 
 def test_bars_show_progress_where_somebody_watches(monkeypatch, capsys):

@@ -286,7 +286,7 @@ def test_recomputation_keeps_only_the_inputs_of_layers(mllm, documents):
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             states, _ = unit(pack(documents))
         kept[checkpointing] = sum(sizes)
-    assert kept[True] < kept[False] / 10
+    assert kept[True] < kept[False] / 8
 
 
 def test_a_lora_is_also_what_the_conditioner_sees(mllm, documents):

@@ -15,9 +15,9 @@ from statistics import median
 
 import pytest
 
-from reasonedit.reasonedit_core.demo import draw_picture
 from reasonedit.tests.comfy_server import ROOT, ComfyServer, Events, comfyui_path, fill
-from reasonedit.tests.workflow_files import CORE, FOLDER, NAMES, facts_of_info, faults, load, to_prompt
+from reasonedit.tests.pictures import draw_picture
+from reasonedit.tests.workflow_files import CORE, FOLDER, MINI, NAMES, facts_of_info, faults, load, to_prompt
 
 TESTS = Path(__file__).resolve().parent
 
@@ -226,6 +226,44 @@ def test_a_workflow_runs_as_it_is(server, name):
     shows = {node for node, entry in prompt.items() if entry["class_type"] in ("PreviewAny", "PreviewImage")}
     shows |= {node for node, entry in prompt.items() if entry["class_type"].endswith(("ShowTrace", "SaveTrace"))}
     assert shows <= set(run.outputs) and all(run.outputs[node].get("images") or run.outputs[node].get("text") for node in shows)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A fresh server: its folders for models and input are empty."""
+    comfyui_path()
+    with ComfyServer(tmp_path_factory.mktemp("bare")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_a_mini_workflow_runs_in_a_fresh_comfyui(bare, name):
+    assert not any(path.is_file() for folder in ("models", "input") for path in (bare.base / folder).rglob("*"))
+    prompt = load(FOLDER / "api" / f"{name}.json")
+    run = bare.run(prompt)
+    assert run.end == "execution_success", (run.told or run.reply, bare.text()[-3000:])
+    shown = {prompt[node]["_meta"]["title"]: output for node, output in run.outputs.items() if node in prompt}
+    if name == "mini_think":
+        assert shown["What was asked"]["text"] != shown["What it means"]["text"] and shown["Goal"]["text"][0]
+    else:
+        assert shown["Wanted"]["images"] and "Round 1" in shown["Show Trace (ReasonEdit)"]["text"][0]
+        assert len(list((bare.base / "output" / "reasonedit").glob("trace_*.png"))) >= 1
+    assert not {"ReasonEdit_MiniScene", "ReasonEdit_LoadEditor", "ReasonEdit_Think"} & kinds(bare.run(prompt), prompt)
+
+
+def test_a_photograph_on_a_miniature_is_told_of(bare):
+    draw_picture(192, 128).save(bare.base / "input" / "mine.png")
+    prompt = prompt_of("mini_auto", think=False, reflect=False, instruction="make it winter", image=["photo", 0])
+    prompt["photo"] = {"class_type": "LoadImage", "inputs": {"image": "mine.png"}}
+    run = bare.run(prompt)
+    assert run.end == "execution_success", (run.told, bare.text()[-3000:])
+    texts = [event["text"] for event in run.of("binary") if event["kind"] == Events.TEXT]
+    assert any("none of the drawn miniature scenes" in text for text in texts)
+    (bare.base / "input" / "mine.png").unlink()
+    before = bare.text().count("none of the drawn miniature scenes")
+    assert before >= 1
+    assert bare.run(prompt_of("mini_auto", think=False, reflect=False, seed=1)).end == "execution_success"
+    assert bare.text().count("none of the drawn miniature scenes") == before
 
 
 @pytest.mark.parametrize("name", ["loop_reasonedit_s", "loop_reasonedit_q"])

@@ -196,9 +196,16 @@ def models(tmp_path, monkeypatch):
 
 
 def test_the_lists_hold_what_each_loader_can_load(models):
-    assert folders.editor_names() == ["reasonedit/S", "reasonedit/loose", "diffusion_models/a.safetensors"]
+    minis = ["mini-s", "mini-q"]
+    assert folders.editor_names() == ["reasonedit/S", "reasonedit/loose", "diffusion_models/a.safetensors", *minis]
     assert folders.text_encoder_names() == ["LLM/Qwen-VL/Qwen2.5-VL-7B", "reasonedit/VL"]
-    assert folders.reasoner_names() == [*folders.text_encoder_names(), "reasonedit/S", folders.REMOTE, folders.SCRIPTED]
+    assert folders.reasoner_names() == [
+        *folders.text_encoder_names(),
+        "reasonedit/S",
+        *minis,
+        folders.REMOTE,
+        folders.SCRIPTED,
+    ]
     assert folders.dialogue_names() == ["auto", "english", "chinese", "dialogue/own.toml"]
 
 

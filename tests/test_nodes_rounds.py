@@ -184,7 +184,7 @@ class Scripted:
 class FakeEditor:
     """The part of an EditorHandle that the auto loop uses."""
 
-    system, device, generator = "reasonedit-s", torch.device("cpu"), Painter()
+    system, device, generator, latents = "reasonedit-s", torch.device("cpu"), Painter(), "released"
 
     def request(self, image, instruction, *, seed, steps, guidance, size, negative, references, **rest):
         """The core's request."""
@@ -193,6 +193,10 @@ class FakeEditor:
     def expect(self, *_, **__):
         """Sizes."""
         return PLAN
+
+    def remark(self, image):
+        """Nothing to say of any picture."""
+        return ""
 
 
 verdicts_of_a_run = st.lists(

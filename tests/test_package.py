@@ -34,7 +34,7 @@ ORDER = (
     {"geometry", "report"},
     {"load"},
     {"run"},
-    {"demo", "doctor", "download"},
+    {"demo", "demo_random", "doctor", "download"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

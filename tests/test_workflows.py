@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from reasonedit.tests.graph_runner import install_host
-from reasonedit.tests.workflow_files import CORE, FOLDER, NAMES, NOTES, facts_of_schema, faults, files_of, load, to_prompt
+from reasonedit.tests.workflow_files import CORE, FOLDER, MINI, NAMES, NOTES, facts_of_schema, faults, files_of, load, to_prompt
 
 install_host()
 
-from reasonedit.nodes import auto_loop, edit, host, loop, models, reflect, think, trace  # noqa: E402
+from reasonedit.nodes import auto_loop, edit, host, loop, mini_scene, models, reflect, think, trace  # noqa: E402
 
 OURS = (
     models.LoadEditor,
@@ -33,6 +33,7 @@ OURS = (
     auto_loop.AutoLoop,
     trace.ShowTrace,
     trace.SaveTrace,
+    mini_scene.MiniScene,
 )
 each_workflow = pytest.mark.parametrize("name", NAMES)
 
@@ -128,6 +129,15 @@ def test_a_note_says_what_it_does_and_names_every_file(name):
     for file in files_of(twin(name)):
         folder, _, rest = file.partition("/")
         assert f"models/{folder}" in note and rest in note, file
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_what_needs_no_files_names_none(name):
+    prompt = twin(name)
+    assert files_of(prompt) == [] and not any(entry["class_type"] == "LoadImage" for entry in prompt.values())
+    (scene,) = [node for node, entry in prompt.items() if entry["class_type"] == "ReasonEdit_MiniScene"]
+    asked = [entry["inputs"]["instruction"] for entry in prompt.values() if "instruction" in entry["inputs"]]
+    assert [scene, 1] in asked and [scene, 2] not in asked, "the loop is not told what it is to find out"
 
 
 @each_workflow

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reasonedit.reasonedit_core.mini.models import MINIS
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workflows"
-NAMES = ("loop_reasonedit_s", "loop_reasonedit_q", "think_only", "reflect_only", "auto_loop")
+MINI = ("mini_loop", "mini_think", "mini_auto")
+"""Those that run in a ComfyUI whose folders are empty."""
+
+NAMES = (*MINI, "loop_reasonedit_s", "loop_reasonedit_q", "think_only", "reflect_only", "auto_loop")
 NOTES = ("MarkdownNote", "Note")
 """Nodes that only the frontend knows."""
 
@@ -28,7 +33,7 @@ FILES = {
 BEHIND = ("fixed", "increment", "decrement", "randomize", "image")
 """What the frontend keeps behind a value: how a seed goes on, the button for uploads."""
 
-NO_FILE = ("from checkpoint", "remote endpoint", "scripted replies")
+NO_FILE = ("from checkpoint", "remote endpoint", "scripted replies", *MINIS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ at again, so an instruction may hold braces, quotes or tags.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -135,6 +135,19 @@ class Pack:
                 "Add the section, or import the pack again."
             )
         return self.conditioning[key]
+
+
+def fitted(pack: Pack, *, reply_tokens: int | None = None, scores: Collection[str] = ("edit", "quality")) -> Pack:
+    """The pack as an MLLM can follow it, in each of its languages: no reply longer than `reply_tokens`, and no question for a
+    score (`edit`, `quality`) that it has not learnt to give."""
+    tasks = {}
+    for name, task in pack.tasks.items():
+        kind = TASKS[name].name
+        if not kind.endswith("_score") or kind.removesuffix("_score") in scores:
+            most = task.max_new_tokens if reply_tokens is None else min(task.max_new_tokens, reply_tokens)
+            tasks[name] = replace(task, max_new_tokens=most)
+    others = {code: fitted(other, reply_tokens=reply_tokens, scores=scores) for code, other in pack.translations.items()}
+    return replace(pack, tasks=tasks, translations=others)
 
 
 def variant_key(variant: str) -> str:

@@ -93,15 +93,19 @@ class PackReasoner:
     def reflect(
         self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None
     ) -> Reflection:
-        """Score the edited picture, then decide in the light of its consistency score."""
+        """Score the edited picture, then decide in the light of its consistency score.
+
+        A pack without the questions for the edit's and the picture's quality is not asked for these scores.
+        """
         images = {"source": source, "result": edited}
         values = {"instruction": goal, "original": _other(original, goal), "target": target}
-        tasks = ("score", self._forms["edit_score"], "quality_score")
-        consistency, edit, quality = self._ask([self._question(task, images, values) for task in tasks])
+        optional = [task for task in (self._forms["edit_score"], "quality_score") if task in self.pack.tasks]
+        consistency, *more = self._ask([self._question(task, images, values) for task in ("score", *optional)])
+        given = {TASKS[task].name: answer.value for task, answer in zip(optional, more, strict=True)}
         score, reason = consistency.value.score, consistency.value.reason
         values = {**values, "score": score, "reason": reason}
         (verdict,) = self._ask([self._question(self._forms["reflect"], images, values)])
-        scores = Scores(edit.value, quality.value, score, reason)
+        scores = Scores(given.get("edit_score"), given.get("quality_score"), score, reason)
         decision, why, second = verdict.value
         return Reflection(decision, why, second, scores, verdict.raw)
 

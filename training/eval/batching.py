@@ -38,7 +38,7 @@ EDIT = "edit"
 TEXT = 16
 """Lengths of texts are rounded up to a multiple of this."""
 
-ROWS = {"states": 8, "velocity": 8, "encode": 4, "decode": 4}
+ROWS = {"states": 4, "velocity": 4, "encode": 2, "decode": 2}
 """Rows of a forward, by kind of request."""
 
 KEPT = 4096

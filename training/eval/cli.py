@@ -29,10 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
             stream.reconfigure(errors="backslashreplace")
     debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
+    ours = logging.getLogger(__package__.partition(".")[0])
+    level = ours.level
     try:
         args = build_parser().parse_args(argv)
         debug = debug or args.debug
-        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.DEBUG if debug else logging.ERROR)
+        # a reply that cannot be read is a warning elsewhere; here it is counted
+        ours.setLevel(logging.DEBUG if debug else logging.ERROR)
         return args.run(args)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"error: {words}")
         return EXIT_ERROR
+    finally:
+        ours.setLevel(level)
 
 
 def say(text: str) -> None:

@@ -39,7 +39,8 @@ def markdown(measured: Measured, table: Table, claims: Sequence[str], made: str 
     found = {(row["system"], row["group"]): row for row in measured["rows"]}
     counts = {group: next(row["n"] for row in measured["rows"] if row["group"] == group) for group in groups}
     head = f"### {measured['system']}: {table.name}\n\n{table.what} {measured['n']} held-out items, seed {measured['seed']}."
-    blocks = [f"{head} Scores 0..10 by the exact judge, means with 95 % bootstrap intervals.{' ' + made if made else ''}"]
+    what = "Scores 0..10 by the exact judge, means with 95 % bootstrap intervals; seconds: work per item, its share of batches."
+    blocks = [f"{head} {what}{' ' + made if made else ''}"]
     rows = [[system, *(_score(found.get((system, group))) for group in groups)] for system in systems]
     blocks.append(_grid(["overall", *(f"{group} ({counts[group]})" for group in groups)], rows))
     blocks.append(_grid(*_details(measured)))

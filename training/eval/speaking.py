@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ...reasonedit_core.mllm.qwen25vl import QwenVL
     from ...reasonedit_core.types import OnText, ShouldStop
 
-ROWS, PREFILL_ROWS = 32, 8
+ROWS, PREFILL_ROWS = 32, 4
 """Rows that are decoded and that are prefilled together."""
 
 KEPT_SHARE = 0.75
