@@ -288,3 +288,23 @@ def test_verdicts_are_those_asked_for():
         assert {each.assessment.verdict for each in found if each} == {verdict}
     with pytest.raises(DataError, match="found 'good'"):
         writers.faulty(one, 0, "good")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_reading_place_by_place_names_all_nine_as_they_are(language):
+    from reasonedit.reasonedit_core.mini import words
+    from reasonedit.reasonedit_core.mini.dice import Dice
+    from reasonedit.reasonedit_core.mini.kinds import CELLS
+    from reasonedit.training.mini.readings import read_cells
+
+    for seed in range(20):
+        shown = scene(seed)
+        (_, told), *asked = read_cells(shown, language, Dice("place by place", seed))
+        parts = re.split("[；。]" if language == "zh" else r"; |\.$", told)[:9]
+        assert len(parts) == 9 and len(asked) <= 2
+        for cell, part in zip(CELLS, parts, strict=True):
+            place, _, thing = part.partition("：" if language == "zh" else ": ")
+            look = shown.look(cell)
+            empty = "空" if language == "zh" else "empty"
+            assert place.lower() == words.place_name(cell, language)
+            assert thing == (words.name_look(look, language) if look else empty)

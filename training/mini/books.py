@@ -30,7 +30,7 @@ from ...reasonedit_core.mini.items import ENGLISH_SHARE, Item, item, scene
 from ...reasonedit_core.mini.texts import caption
 from ...reasonedit_core.mini.world import SIZE
 from ..data.records import FILE_NAME
-from .readings import read_instructions, read_scene, read_text
+from .readings import read_cells, read_instructions, read_scene, read_text
 from .writers import (
     Entry,
     PictureStore,
@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 BOOK_FILE = "book.json"
 """Beside a finished book: what it was made with, so that it is not made again."""
+
+VERSION = 2
+"""Raised when the records of the same arguments change, so that an older book is written anew."""
 
 VALIDATION = 1 << 40
 """Where the numbers of the validation part begin."""
@@ -98,7 +101,7 @@ def write_book(
     if seed < 0:
         raise ConfigError(f"{name}: expected a seed of 0 or more, found {seed}. Choose another.")
     folder = Path(folder)
-    made = {"book": name, "count": count, "seed": seed, "held_out": held_out, "size": size, "version": 1}
+    made = {"book": name, "count": count, "seed": seed, "held_out": held_out, "size": size, "version": VERSION}
     if (folder / FILE_NAME).is_file() and _stated(folder / BOOK_FILE) == made:
         return folder / FILE_NAME
     parts = [_Part(name, str(folder), seed, size, start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
@@ -162,11 +165,12 @@ _KNOWLEDGE = ("factual", "conceptual", "procedural")
 
 
 def _words(number: int, draw: Draw) -> Entry | None:
-    """Of 20 records nine about a scene, nine with instructions, two that are read from text alone."""
+    """Of 20 records nine about a scene, five of them place by place, nine with instructions, two read from text alone."""
     language, which = draw.language, number % 20
     shown = scene(draw.seed, "train") if which < 11 else clear_item(draw, language).source
     if which < 9:
-        return understand_record(shown, draw.store, draw.name, read_scene(shown, language, draw.dice))
+        read = read_cells if which < 5 else read_scene
+        return understand_record(shown, draw.store, draw.name, read(shown, language, draw.dice))
     if which < 11:
         return understand_record(None, draw.store, draw.name, read_text(shown, language, draw.dice))
     turns = read_instructions(shown, language, draw.dice)

@@ -12,7 +12,7 @@ from ...reasonedit_core.mini import words
 from ...reasonedit_core.mini.dice import Dice
 from ...reasonedit_core.mini.edits import EDIT_KINDS, Edit, apply, edit_kind
 from ...reasonedit_core.mini.items import draw_edit
-from ...reasonedit_core.mini.kinds import MOST_OBJECTS
+from ...reasonedit_core.mini.kinds import CELLS, MOST_OBJECTS
 from ...reasonedit_core.mini.splits import split_of_scene
 from ...reasonedit_core.mini.texts import caption, questions
 from ...reasonedit_core.mini.wordings import canonical, describe, draw_wording
@@ -48,6 +48,10 @@ _ALL = {
     "en": ("Describe the picture.", "What do you see?", "What is there in the picture?"),
     "zh": ("请描述这幅画。", "你看到了什么？", "画面里有什么？"),
 }
+_CELLS = {
+    "en": ("Go through the places one by one.", "Name what is in each place, row by row."),
+    "zh": ("请一格一格地说。", "请逐行说出每个位置有什么。"),
+}
 _TEXT = {"en": ("{text} {question}", "A picture: {text} {question}"), "zh": ("{text}{question}", "有一幅画：{text}{question}")}
 
 
@@ -56,6 +60,19 @@ def read_scene(scene: Scene, language: str, dice: Dice) -> Turns:
     turns = [(dice.pick(_ALL[language]), caption(scene, language))]
     asked = [pair for pair in questions(scene, language, dice, 4) if pair[1] != turns[0][1]]
     return turns + asked[:3] if dice.chance(0.5) else asked + turns
+
+
+def read_cells(scene: Scene, language: str, dice: Dice) -> Turns:
+    """What is in each of the nine places, row by row, and a question or two. To find a place is what is learnt last; told in
+    the order in which the picture is seen, it is learnt first."""
+    zh = language == "zh"
+    said = []
+    for cell in CELLS:
+        look, place = scene.look(cell), words.place_name(cell, language)
+        there = words.name_look(look, language) if look else ("空" if zh else "empty")
+        said.append(f"{place}：{there}" if zh else f"{place}: {there}")
+    told = "；".join(said) + "。" if zh else "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "."
+    return [(dice.pick(_CELLS[language]), told), *questions(scene, language, dice, 2)]
 
 
 def read_text(scene: Scene, language: str, dice: Dice) -> Turns:
