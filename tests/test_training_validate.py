@@ -319,3 +319,47 @@ class Recording:
 def test_accuracy_of_a_table():
     table = Verdicts({("success", "success"): 3, ("failed", "success"): 1})
     assert (table.total, table.accuracy) == (4, 0.75)
+
+
+def test_the_mllm_speaks_and_the_dit_paints_only_while_their_weights_are_whole(monkeypatch):
+    """Under FSDP2 a unit that is entered otherwise than by calling it has only its own part of the weights."""
+    from contextlib import contextmanager, nullcontext
+    from types import SimpleNamespace
+
+    from reasonedit.training import sample, seeing
+
+    whole, seen = [], []
+
+    @contextmanager
+    def gathered(models):
+        whole.append(models)
+        yield
+        whole.pop()
+
+    def entered(name):
+        return lambda *_, **__: seen.append((name, list(whole))) or {}
+
+    stage = SimpleNamespace(samples=SimpleNamespace(records=1, steps=1, guidance=1.0, seed=0))
+    record = SimpleNamespace(split="held_out")
+    plan = SimpleNamespace(stage=stage, mllm=True)
+    base = SimpleNamespace(settings=lambda: SimpleNamespace(size_level=64))
+    look = SimpleNamespace(
+        plan=plan,
+        material=SimpleNamespace(records=[record], base=base),
+        loaded=SimpleNamespace(models="units", modules={"dit": None}),
+        ranks=SimpleNamespace(autocast=nullcontext, main=False),
+    )
+    for name, value in {
+        "gathered": gathered,
+        "held_out": lambda *_: [record],
+        "_micro_steps": lambda *_: [],
+        "_losses": entered("losses"),
+        "_verdicts": entered("verdicts"),
+        "_generator": lambda _: None,
+    }.items():
+        monkeypatch.setattr(seeing, name, value)
+    monkeypatch.setattr(sample, "choose_records", lambda records, n: records)
+    monkeypatch.setattr(sample, "sample_edits", entered("samples"))
+    seeing.measure(look)
+    seeing.write_samples(look, None, "")
+    assert seen == [("losses", []), ("verdicts", ["units"]), ("samples", ["units"])]

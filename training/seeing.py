@@ -22,6 +22,7 @@ from ..reasonedit_core.parts import read_schedule
 from .adapters import restore
 from .assemble import Loaded
 from .data.records import Record
+from .distributed import gathered
 from .material import HELD_OUT, Material, make_voice
 from .presets import DIT, MLLM
 from .stages import Plan
@@ -74,7 +75,8 @@ def measure(seen: Seen, weights: AbstractContextManager[Any] | None = None) -> d
     with weights or nullcontext(), seen.ranks.autocast():
         micros = list(_micro_steps(seen, chosen))
         figures |= _losses(seen, micros)
-        figures |= _verdicts(seen, chosen)
+        with gathered(seen.loaded.models):
+            figures |= _verdicts(seen, chosen)
     return figures
 
 
@@ -177,7 +179,7 @@ def write_samples(seen: Seen, path: Path, title: str, weights: AbstractContextMa
     records = choose_records([r for r in seen.material.records if r.split == HELD_OUT], stage.samples.records)
     if not records or DIT not in seen.loaded.modules:
         return None
-    with weights or nullcontext(), seen.ranks.autocast():
+    with weights or nullcontext(), seen.ranks.autocast(), gathered(seen.loaded.models):
         generator = _generator(seen)
         samples = sample_edits(
             generator,
