@@ -104,6 +104,6 @@ def test_from_nothing_to_a_miniature_that_edits(tmp_path, monkeypatch):
 
     Image.fromarray(render(scene(1))).save(tmp_path / "scene.png")
     monkeypatch.setenv("REASONEDIT_MINIS", str(tmp_path))
-    options = ["--image", str(tmp_path / "scene.png"), "--instruction", "Remove the circle.", "--out", str(tmp_path / "edit")]
-    assert main(["edit", "--system", "mini-q", "--rounds", "1", "--quiet", *options]) == 0
+    words = ["edit", str(tmp_path / "scene.png"), "Remove the circle.", "--out", str(tmp_path / "edit")]
+    assert main([*words, "--system", "mini-q", "--rounds", "1", "--quiet"]) == 0
     assert Image.open(tmp_path / "edit/result.png").size == (96, 96)

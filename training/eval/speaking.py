@@ -37,8 +37,8 @@ ROWS, PREFILL_ROWS = 32, 4
 KEPT_SHARE = 0.75
 """When no more than this share of the rows goes on, the others are dropped from the cache."""
 
-PROMPT, GROWTH = 32, 32
-"""Prompts are rounded up to a multiple of this many tokens; the cache grows by this many slots."""
+PROMPT, GROWTH = 64, 32
+"""Prompts are rounded up to a multiple of the one, so that batches fill; the cache grows by as many slots as the other."""
 
 
 class AskingSpeaker:

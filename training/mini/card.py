@@ -33,7 +33,7 @@ scenes of 96x96 pixels, not photographs, and its scores say nothing about how we
 the same loader, prompts, loop and nodes as the full systems; only the config files differ.
 
     reasonedit demo
-    reasonedit edit --system {name} --image SCENE.png --instruction "..."
+    reasonedit edit SCENE.png "..." --system {name} --out out
 """
 
 _MADE = """## How it was made

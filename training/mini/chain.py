@@ -42,6 +42,9 @@ SEED = 0
 WORDS = "words"
 """The recipe, and the run, of the base MLLM."""
 
+WORDS_SYSTEM = "mini-s"
+"""Whose blank checkpoint it is trained in; the MLLM is the same in both."""
+
 REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
 
@@ -112,12 +115,14 @@ class Chain:
         from .blank import write_blank
         from .tokens import learn_tokens, read_tokens, write_tokens
 
-        place, blank = self.out / "tokenizer", self.out / "blank" / self.system
+        place = self.out / "tokenizer"
         if not (place / "vocab.json").is_file():
             _whole(place, lambda part: write_tokens(part, learn_tokens()))
-        if not (blank / _SETTINGS).is_file():
-            learnt = read_tokens(place)
-            _whole(blank, lambda part: write_blank(self.system, part, vocab=learnt.vocab, merges=learnt.merges, seed=SEED))
+        vocab, merges = read_tokens(place)
+        for name in dict.fromkeys((WORDS_SYSTEM, self.system)):
+            blank = self.out / "blank" / name
+            if not (blank / _SETTINGS).is_file():
+                _whole(blank, lambda part, name=name: write_blank(name, part, vocab=vocab, merges=merges, seed=SEED))
         return 0
 
     def _records(self) -> int:
@@ -142,7 +147,7 @@ class Chain:
         return 0 if made is not None else EXIT_STOPPED
 
     def _words(self) -> int:
-        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / self.system)
+        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / WORDS_SYSTEM)
 
     def _start(self) -> int:
         place = self.out / "start" / self.system
