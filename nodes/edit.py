@@ -9,7 +9,6 @@ import torch
 
 from ..reasonedit_core import flow
 from ..reasonedit_core.errors import ConfigError
-from ..reasonedit_core.generator import PATCH
 from ..reasonedit_core.latents import unpack
 from ..reasonedit_core.loop import POLICIES
 from ..reasonedit_core.types import Edited, EditRequest
@@ -37,7 +36,7 @@ class Preview:
     def begin(self, request: EditRequest, picture: torch.Tensor, *, keep: bool = False, released: bool = False) -> None:
         """Say which edit comes next: its sizes give the shape of the latents."""
         plan = self._editor.expect(request, picture, keep=keep, released=released)
-        self._grid = (plan.output[1] // PATCH, plan.output[0] // PATCH)
+        self._grid = plan.grid
         self._sigmas = flow.sigmas(request.steps, self._grid[0] * self._grid[1], self._editor.generator.schedule)
         self._last = None
 

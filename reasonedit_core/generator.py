@@ -8,6 +8,7 @@ pipelines: the posterior samples of the references, then the noise.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,18 +31,30 @@ Mover = Callable[[str], AbstractContextManager[None]]
 """Entered with "mllm", "dit" or "vae" around every use of that component: offloading moves weights there."""
 
 PATCH = 16
-"""Pixels of one latent token: 8 of the VAE times 2 of the packing."""
+"""Pixels of one latent token of the released systems: 8 of the VAE times 2 of the packing."""
 
 _KEPT_MOMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The sizes of one edit. output: what is generated. vae, mllm: per picture (the edited one first, then references)."""
+    """The sizes of one edit. output: what is generated. vae, mllm: per picture (the edited one first, then references).
+    patch: pixels of a latent token on each side."""
 
     output: Size
     vae: tuple[Size, ...]
     mllm: tuple[Size, ...]
+    patch: int = PATCH
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the output in latent tokens."""
+        return token_grid(self.output, self.patch)
+
+
+def token_grid(size: Size, patch: int) -> tuple[int, int]:
+    """(height, width) of a picture in latent tokens of `patch` pixels."""
+    return size[1] // patch, size[0] // patch
 
 
 class Geometry(Protocol):
@@ -71,10 +84,12 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step1XGeometry:
-    """Step1X-Edit: one picture; VAE, MLLM and output share one size. variant: v1.0, v1.1 or v1.2."""
+    """Step1X-Edit: one picture; VAE, MLLM and output share one size. variant: v1.0, v1.1 or v1.2. patch: pixels of a latent
+    token, `Codec.patch`; sides are floored to multiples of `multiple`, and of it."""
 
     variant: str = "v1.2"
     multiple: int = PATCH
+    patch: int = PATCH
     source_sized: bool = True
 
     def plan(self, sizes: Sequence[Size], level: int, *, keep: bool = False, released: bool = False) -> Plan:
@@ -84,8 +99,8 @@ class Step1XGeometry:
                 f"ReasonEdit-S (Step1X-Edit) edits one picture and takes no references, found {len(sizes) - 1}. "
                 "Leave them out, or take ReasonEdit-Q with a Qwen-Image-Edit-2509 or -2511 checkpoint."
             )
-        size = sizes[0] if keep else images.step1x_size(*sizes[0], level, self.multiple)
-        return Plan(size, (size,), (size,))
+        size = sizes[0] if keep else images.step1x_size(*sizes[0], level, math.lcm(self.multiple, self.patch))
+        return Plan(size, (size,), (size,), self.patch)
 
     def to_vae(self, picture: torch.Tensor, size: Size) -> torch.Tensor:
         """v1.2: torch's bilinear with antialias; v1.1: Lanczos; v1.0: bicubic, these two through 8 bits."""
@@ -153,7 +168,7 @@ class FlowGenerator:
             images.check_size(image.shape[-1], image.shape[-2], name="reference picture" if number else "the picture")
         sizes = [(p.shape[-1], p.shape[-2]) for p in pictures]
         plan = self.geometry.plan(sizes, request.size_level, keep=latents is not None, released=released)
-        grid = (plan.output[1] // PATCH, plan.output[0] // PATCH)
+        grid = plan.grid
         sigmas = flow.sigmas(request.steps, grid[0] * grid[1], self.schedule)
 
         cond, uncond = self._condition(request, pictures, plan, instruction, grid, released)
@@ -199,7 +214,7 @@ class FlowGenerator:
         made = []
         for number, (picture, size) in enumerate(zip(pictures, plan.vae, strict=True)):
             if number == 0 and given is not None:
-                height, width = size[1] // PATCH, size[0] // PATCH
+                height, width = token_grid(size, plan.patch)
                 if given.shape[1] != height * width:
                     raise ConfigError(
                         f"expected {height} x {width} = {height * width} latent tokens for a picture of {size[0]} x {size[1]} "

@@ -6,6 +6,7 @@ the VAE sees every picture at the generated area; the MLLM sees the VAE's pictur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from . import images
 from .errors import ConfigError
-from .generator import Plan, Size
+from .generator import PATCH, Plan, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,13 @@ class QwenGeometry:
 
     plus: the EditPlus pipeline (2509, 2511), which takes several pictures; otherwise Edit, which takes one.
     condition_area: pixels of each picture that the MLLM sees under EditPlus. multiple: what VAE and output sides are
-    rounded to.
+    rounded to, as to the pixels of a latent token, `patch` (`Codec.patch`).
     """
 
     plus: bool
     condition_area: int = 384 * 384
     multiple: int = 32
+    patch: int = PATCH
     source_sized: bool = False
 
     def plan(self, sizes: Sequence[Size], level: int, *, keep: bool = False, released: bool = False) -> Plan:
@@ -41,13 +43,14 @@ class QwenGeometry:
                 f"Qwen-Image-Edit (the original release) edits one picture, without references; found {len(sizes) - 1}. "
                 "Leave them out, or use a Qwen-Image-Edit-2509 or -2511 checkpoint."
             )
-        vae = [images.qwen_size(*size, level * level, self.multiple) for size in sizes]
+        multiple = math.lcm(self.multiple, self.patch)
+        vae = [images.qwen_size(*size, level * level, multiple) for size in sizes]
         if keep:
             vae[0] = sizes[0]
         if not self.plus:
-            return Plan(vae[0], tuple(vae), tuple(vae))
+            return Plan(vae[0], tuple(vae), tuple(vae), self.patch)
         mllm = tuple(images.qwen_size(*size, self.condition_area) for size in sizes)
-        return Plan(vae[-1] if released else vae[0], tuple(vae), mllm)
+        return Plan(vae[-1] if released else vae[0], tuple(vae), mllm, self.patch)
 
     def to_vae(self, picture: torch.Tensor, size: Size) -> torch.Tensor:
         """(1, 3, H, W) in 0..1 -> the same at `size` by Lanczos through 8 bits, as diffusers' image processor does."""

@@ -119,7 +119,10 @@ class Denoiser(Protocol):
 
 
 class Codec(Protocol):
-    """The VAE with its normalisation. Pixels are (1, 3, h, w) in -1..1, latents (1, C, h/8, w/8) normalised."""
+    """The VAE with its normalisation. Pixels are (1, 3, h, w) in -1..1, latents (1, C, h/8, w/8) normalised (other autoencoders: h and w
+    over half of `patch`, the pixels of a latent token)."""
+
+    patch: int
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and logarithm of the variance of the posterior, un-normalised; None where the mode is used."""

@@ -48,12 +48,15 @@ def draw_normal(
 
 
 class KLCodec:
-    """The FLUX autoencoder of Step1X-Edit: 8 pixels per latent, the posterior is sampled, one shift and one scale."""
+    """The FLUX autoencoder of Step1X-Edit: 8 pixels per latent, the posterior is sampled, one shift and one scale.
+
+    patch: pixels of a latent token on each side.
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae
         self.channels: int = vae.config.latent_channels
-        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.patch: int = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
 
     def encode(self, pixels: torch.Tensor) -> Moments:
         """pixels (1, 3, H, W) in -1..1 -> mean and log variance (1, C, H/8, W/8)."""
@@ -75,12 +78,15 @@ class KLCodec:
 
 
 class QwenCodec:
-    """The autoencoder of Qwen-Image: a video VAE used on one frame, the mode is used, a mean and a deviation per channel."""
+    """The autoencoder of Qwen-Image: a video VAE used on one frame, the mode is used, a mean and a deviation per channel.
+
+    patch: pixels of a latent token on each side.
+    """
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
         self.vae = vae
         self.channels: int = vae.config.z_dim
-        self.factor: int = 2 ** len(vae.config.temperal_downsample)
+        self.patch: int = 2 * 2 ** len(vae.config.temperal_downsample)
 
     def encode(self, pixels: torch.Tensor) -> Moments:
         """pixels (1, 3, H, W) in -1..1 -> the mode (1, C, H/8, W/8) and None."""

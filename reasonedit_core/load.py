@@ -223,12 +223,13 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         min_pixels=settings.conditioner_pixels[0],
         max_pixels=settings.conditioner_pixels[1],
     )
+    codec = KLCodec(vae)
     generator = FlowGenerator(
         conditioner,
         Step1XDenoiser(transformer, variant, counts=counts),
-        KLCodec(vae),
+        codec,
         read_schedule(parts, flow.STEP1X),
-        geometry=Step1XGeometry(variant, settings.multiple),
+        geometry=Step1XGeometry(variant, settings.multiple, codec.patch),
         combine=flow.step1x_guidance(variant),
         default_negative="",
         counts=counts,
@@ -272,12 +273,13 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         max_pixels=settings.conditioner_pixels[1],
         drop=settings.dropped_tokens,
     )
+    codec = QwenCodec(vae)
     generator = FlowGenerator(
         conditioner,
         QwenImageDenoiser(transformer, counts=counts),
-        QwenCodec(vae),
+        codec,
         flow.LIGHTNING if settings.schedule == "lightning" else read_schedule(parts, flow.QWEN),
-        geometry=QwenGeometry(plus, settings.condition_area, settings.multiple),
+        geometry=QwenGeometry(plus, settings.condition_area, settings.multiple, codec.patch),
         combine=flow.combine_qwen,
         default_negative=" ",
         counts=counts,

@@ -352,7 +352,10 @@ def test_cached_states_condition_as_computed_ones(name, tmp_path, q):
             losses = [float(editing_step(models, micro).sums[FM]) for micro in micros.values()]
         assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-4)
         assert micros["cache"].text is None and micros["pack"].image.states is None
-        assert same(micros["cache"].image, micros[states_of].image)
+        kept, computed = (micros[how].image for how in ("cache", states_of))
+        # the cache computed them in packs of many documents, where matrix products round another way
+        torch.testing.assert_close(kept.states, computed.states, rtol=1e-4, atol=1e-5)
+        assert same(replace(kept, states=None), replace(computed, states=None))
 
 
 def test_cached_states_take_no_room_in_text_packs(q):

@@ -65,7 +65,7 @@ def test_packing_puts_a_block_into_a_token():
 def test_kl_codec_equals_the_released_calls(flux_vae, dtype):
     vae = flux_vae.to(dtype)
     codec = latent.KLCodec(vae)
-    assert (codec.channels, codec.factor) == (16, 8)
+    assert (codec.channels, codec.patch) == (16, 16)
     image = pixels(32, 48)
     with torch.no_grad():
         posterior = vae.encode(image.to(dtype)).latent_dist
@@ -90,7 +90,7 @@ def test_codec_takes_other_dtypes_than_its_own(flux_vae):
 
 def test_qwen_codec_uses_the_mode_and_draws_nothing(qwen_vae):
     codec = latent.QwenCodec(qwen_vae)
-    assert (codec.channels, codec.factor) == (16, 8)
+    assert (codec.channels, codec.patch) == (16, 16)
     image, rng = pixels(32, 48), torch.Generator().manual_seed(1)
     before = rng.get_state()
     mean, std = (

@@ -19,10 +19,10 @@ def test_recipes_are_sound(recipe, tmp_path):
     plans = plan_stages(config)
     assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
     if recipe.startswith("mini_"):
-        assert [plan.stage.name for plan in plans] == ["base", "reasoning", "editing", "unified"]
-        assert set(BETWEEN) == {plan.stage.name for plan in plans[:-1]}
+        assert [plan.stage.name for plan in plans] == ["reasoning", "editing", "unified"]
+        assert list(BETWEEN) == [plan.stage.name for plan in plans[:-1]]
         assert [sorted(plan.stage.train) for plan in plans] == [
-            ["dit_base"], ["mllm_lora"], ["connector", "dit"], ["connector", "dit", "mllm_lora"]
+            ["mllm_lora"], ["connector", "dit"], ["connector", "dit", "mllm_lora"]
         ]  # fmt: skip
 
 
@@ -96,7 +96,8 @@ def test_from_nothing_to_a_miniature_that_edits(tmp_path, monkeypatch):
     folder = tmp_path / "mini-q"
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
     card = (folder / "README.md").read_text()
-    assert "| base |" in card and "No table has been measured" in card and str(tmp_path) not in card
+    assert "| base editor |" in card and "| base MLLM |" in card and "No table has been measured" in card
+    assert str(tmp_path) not in card
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert made.make() == 0  # everything is there

@@ -33,7 +33,7 @@ from reasonedit.training.mini.vae import (
     run_steps,
     train_vae,
 )
-from reasonedit.training.mini.vae_scenes import Crops, as_pixels, as_tensor, crowded_scene, plain_scenes
+from reasonedit.training.mini.vae_scenes import Crops, Pictures, as_pixels, as_tensor, crowded_scene, plain_scenes
 from reasonedit.training.signals import SAVE_QUIT
 
 SYSTEMS = ("mini-s", "mini-q")
@@ -68,7 +68,7 @@ def random_vae(system):
 
 
 def drawn_crops(**changes):
-    values = {"seed": 1, "steps": 10, "batch": 8, "crop": 48, "whole_from": 8, "noise": 0.3, "fingerprint": "x"}
+    values = {"seed": 1, "steps": 10, "batch": 8, "crop": 48, "whole_from": 8, "noise": 0.3, "factor": 8, "fingerprint": "x"}
     return Crops(**{**values, **changes})
 
 
@@ -120,9 +120,9 @@ def test_new_vaes_start_without_memory_of_earlier_frames():
 def test_shipped_sizes(system):
     settings = default_settings(system)
     part = components(BUILDS[system], torch.bfloat16, {"vae": settings.widths})["vae"]
-    assert sum(2 * math.prod(shape) for shape in part.shapes(part.config).values()) <= 2.5e6
+    assert sum(2 * math.prod(shape) for shape in part.shapes(part.config).values()) <= 8e6
     unit = new_vae(settings)
-    assert unit.encode(torch.zeros(1, 3, 96, 96)).shape == (1, 16, 12, 12)
+    assert unit.encode(torch.zeros(1, 3, 96, 96)).shape == (1, 16, 6, 6)
     assert {name: tuple(one.shape) for name, one in unit.vae.state_dict().items()} == {
         name: tuple(shape) for name, shape in part.shapes(part.config).items()
     }
@@ -162,6 +162,37 @@ def test_training_sees_scenes_of_its_own_split(monkeypatch):
     assert len(seen) > 100 and {split_of_scene(one) for one in [*seen, *crowded]} == {"train"}
     assert {one.style for one in seen} == {0, 1, 2, 3} and len({one.background for one in seen}) > 5
     assert {len(one.objects) for one in seen} >= {0, 4, 6, 7}
+
+
+def test_pixels_of_objects_are_marked():
+    (micro,) = drawn_crops().load(0, 9)
+    bare, covered = micro.covered == 0, micro.covered == 1
+    assert micro.covered.shape == (4, 1, 96, 96) and bool((bare | covered).all()) and 0.01 < covered.float().mean() < 0.5
+
+
+def test_objects_count_more_than_ground():
+    """The same error costs more where an object is, and the whole weighs as much as without."""
+    settings, pixels = small("mini-s", moments=0.0, square=0.0, objects=3.0), torch.zeros(1, 3, 16, 16)
+    covered = torch.zeros(1, 1, 16, 16)
+    covered[..., :4] = 1
+
+    class Wrong(torch.nn.Module):
+        def __init__(self, where):
+            super().__init__()
+            self.where, self.weight = where, torch.nn.Parameter(torch.zeros(1))
+
+        def encode(self, pixels):
+            return torch.zeros(1, 16, 2, 2)
+
+        def decode(self, latents):
+            return self.where.expand(1, 3, 16, 16)
+
+    micro = Pictures(None, None, {}, pixels, torch.zeros(1, 16, 2, 2), covered, ("one",))
+    found = [
+        float(picture_step(settings)(VaeModels(vae=Wrong(where)), micro).sums["picture"])
+        for where in (covered, 1 - covered, torch.ones_like(covered))
+    ]
+    assert found == pytest.approx([0.25 * 4 / 1.75, 0.75 / 1.75, 1.0])
 
 
 def test_checked_scenes_are_held_out_and_others_than_trained_on():
@@ -210,7 +241,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(system, tmp_path, monkeypatch)
 def test_a_run_with_other_settings_does_not_go_on(tmp_path):
     settings = small("mini-s", steps=2)
     run_steps(settings, VaeModels(vae=new_vae(settings)), tmp_path)
-    for changes in ({"lr": 1e-3}, {"noise": 0.1}, {"seed": 1}, {"crop": 24}):
+    for changes in ({"lr": 1e-3}, {"noise": 0.1}, {"seed": 1}, {"crop": 32}, {"objects": 1.0}):
         other = small("mini-s", steps=2, **changes)
         with pytest.raises(CheckpointError, match="would not go on as it began"):
             run_steps(other, VaeModels(vae=new_vae(other)), tmp_path)
@@ -334,7 +365,7 @@ def test_reading_back_counts_exact_scenes_only():
 def test_settings_refuse_what_they_do_not_know():
     with pytest.raises(ConfigError, match="widht"):
         default_settings("mini-s", widht=3)
-    with pytest.raises(ConfigError, match="multiple of 8"):
+    with pytest.raises(ConfigError, match="multiple of 16"):
         default_settings("mini-s", crop=50)
     with pytest.raises(ConfigError, match="base_dimm"):
         new_vae(default_settings("mini-q", widths={"base_dimm": 8}))

@@ -110,11 +110,11 @@ def make_voice(base: Base, mllm: QwenVL) -> Voice:
     from ..reasonedit_core.geometry import QwenGeometry
     from .data.documents import Voice
 
-    settings = base.settings()
+    settings, patch = base.settings(), base.codec(shell=True).patch
     if base.system == STEP1X:
-        geometry: Any = Step1XGeometry(base.variant, settings.multiple)
+        geometry: Any = Step1XGeometry(base.variant, settings.multiple, patch)
     else:
-        geometry = QwenGeometry(base.plus, settings.condition_area, settings.multiple)
+        geometry = QwenGeometry(base.plus, settings.condition_area, settings.multiple, patch)
     low, high = settings.reasoner_pixels
     return Voice(
         mllm,

@@ -69,7 +69,7 @@ def make_generator(
             Step1XDenoiser(transformer, variant),
             codec,
             schedule or flow.STEP1X,
-            geometry=Step1XGeometry(variant, settings.multiple),
+            geometry=Step1XGeometry(variant, settings.multiple, codec.patch),
             combine=flow.step1x_guidance(variant),
             default_negative="",
         )
@@ -81,7 +81,7 @@ def make_generator(
         QwenImageDenoiser(transformer),
         codec,
         flow.LIGHTNING if lightning else schedule or flow.QWEN,
-        geometry=QwenGeometry(plus, settings.condition_area, settings.multiple),
+        geometry=QwenGeometry(plus, settings.condition_area, settings.multiple, codec.patch),
         combine=flow.combine_qwen,
         default_negative=" ",
     )

@@ -1,4 +1,4 @@
-"""The grounds that scenes stand on. Each is a picture (size, size, 3) of its own; a style adds a soft texture to it."""
+"""The grounds that scenes stand on. Each is a framed picture (size, size, 3); a style adds a soft texture to it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ _STARS = (
     (0.04, 0.64), (0.36, 0.7), (0.7, 0.62),
 )
 
+FRAME = 1 / 48
+"""Width of the line around every picture, as a share of its side: 2 pixels of 96. A cell at a side or in a corner is known by
+it, so that what a place is called can be learnt from what is seen there."""
+
+_LINE, _LINE_AT_NIGHT = (60, 54, 58), (232, 224, 200)
+
 TEXTURE = 5.0
 """How many levels (of 255) a texture goes up and down; its waves are half a cell long, which no VAE smooths away."""
 
@@ -32,7 +38,9 @@ def background(name: str, style: int, size: int) -> np.ndarray:
         ground = ground + TEXTURE * wave[:, None, None]
     if style & 2:
         ground = ground + TEXTURE * wave[None, :, None]
-    ground = np.clip(ground, 0, 255)
+    rim = np.minimum(at, 1 - at) < FRAME
+    line = np.array(_LINE_AT_NIGHT if name == "night" else _LINE, np.float32)
+    ground = np.where((rim[:, None] | rim[None, :])[..., None], line, np.clip(ground, 0, 255))
     ground.setflags(write=False)
     return ground
 

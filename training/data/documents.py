@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...reasonedit_core.dialogue.answers import say_consistency, say_description, say_pair, say_thought, say_verdict
 from ...reasonedit_core.errors import ConfigError, DataError, MalformedReply, ReasonEditError
-from ...reasonedit_core.generator import PATCH
+from ...reasonedit_core.generator import PATCH, token_grid
 from ...reasonedit_core.images import load_image
 from ...reasonedit_core.interfaces import Query
 from ...reasonedit_core.packing import IGNORED, Grid
@@ -67,17 +67,19 @@ _DECISIONS = {"success": Decision.SUCCESS, "reflection": Decision.REFINE, "faile
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The pictures of a document of the picture stream. names, sizes: the target, then the references, with (width, height)
-    at which the VAE sees them; seen: the same of the pictures that the MLLM is shown; instruction: what conditions."""
+    at which the VAE sees them; seen: the same of the pictures that the MLLM is shown; instruction: what conditions; patch:
+    pixels of a latent token on each side."""
 
     instruction: str
     names: tuple[str, ...]
     sizes: tuple[Size, ...]
     seen: tuple[tuple[str, Size], ...]
+    patch: int = PATCH
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         """(height, width) in latent tokens of each picture."""
-        return tuple((height // PATCH, width // PATCH) for width, height in self.sizes)
+        return tuple(token_grid(size, self.patch) for size in self.sizes)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -203,12 +205,13 @@ class Documents:
     def _layout(self, record: Record, task: str) -> Layout:
         plan, level = self.voice.geometry.plan, self.voice.level
         if task == "t2i":
-            output = plan([self.size(record, "target")], level).output
-            return Layout(record.caption, ("target",), (output,), ())
+            drawn = plan([self.size(record, "target")], level)
+            return Layout(record.caption, ("target",), (drawn.output,), (), drawn.patch)
         names = ("generated",) if task == "refine" else ("input", *record.references)
         instruction = record.reflect.second_instruction if task == "refine" else record.editor_instruction
         sizes = plan([self.size(record, name) for name in names], level)
-        return Layout(instruction, ("target", *names), (sizes.output, *sizes.vae), tuple(zip(names, sizes.mllm, strict=True)))
+        seen = tuple(zip(names, sizes.mllm, strict=True))
+        return Layout(instruction, ("target", *names), (sizes.output, *sizes.vae), seen, sizes.patch)
 
     def condition(self, record: Record, task: str, *, dropped: bool = False) -> TextDocument:
         """The document that conditions an edit. dropped: with the instruction that stands where text is left out."""

@@ -29,7 +29,8 @@ PARTS = ("text_encoder", "transformer", "vae")
 
 CANVAS = 96
 SEEN = 84
-"""Side in pixels of the picture that the MLLM sees: three vision tokens of 28, one for each cell of a scene."""
+"""Side in pixels of the picture that the MLLM sees: three vision tokens of 28, one for each cell of a scene, as the DiT has
+three latent tokens of 32 (the autoencoders halve a side four times)."""
 
 _WIDTH = 256  # of the MLLM's states
 
@@ -41,7 +42,9 @@ _MLLM: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "max_window_layers": 5,
     "max_position_embeddings": 8192,
-    "rope_scaling": {"mrope_section": [8, 12, 12], "type": "mrope"},
+    # Of Qwen's own angles, a step to the right would turn the slowest by 1e-4: three places in a row would look like one.
+    "rope_scaling": {"mrope_section": [2, 4, 26], "type": "mrope"},
+    "rope_theta": 1000.0,
     "sliding_window": 8192,
     "tie_word_embeddings": True,
     "vision_config": {
@@ -63,9 +66,9 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
         "connector_hidden_size": 192,
         "connector_in_channels": _WIDTH,
         "joint_attention_dim": 192,
-        "num_attention_heads": 4,
+        "num_attention_heads": 3,
         "num_layers": 2,
-        "num_single_layers": 5,
+        "num_single_layers": 6,
     },
     "mini-q": {
         "attention_head_dim": 64,
@@ -77,8 +80,20 @@ _TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 VAES: Mapping[str, Mapping[str, Any]] = {
-    "mini-s": {"block_out_channels": [16, 16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": CANVAS},
-    "mini-q": {"base_dim": 16, "dim_mult": [1, 1, 2, 3], "num_res_blocks": 1},
+    "mini-s": {
+        "block_out_channels": [16, 16, 32, 64, 96],
+        "down_block_types": ["DownEncoderBlock2D"] * 5,
+        "up_block_types": ["UpDecoderBlock2D"] * 5,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": CANVAS,
+    },
+    "mini-q": {
+        "base_dim": 16,
+        "dim_mult": [1, 1, 2, 3, 4],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True, True],
+    },
 }
 
 _NOTICE = "A miniature: it edits drawn miniature scenes only, and says nothing about how well a full-size model edits."

@@ -20,6 +20,7 @@ CARD = "README.md"
 
 _PARTS = {"text_encoder": "MLLM", "transformer": "DiT and connector", "vae": "VAE"}
 _OF = {"mini-s": "Step1X-Edit v1.2", "mini-q": "Qwen-Image-Edit-2509"}
+_BASES = {"words": "base MLLM", "base": "base editor"}
 _TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 
 _HEAD = """---
@@ -42,8 +43,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
     reasonedit-train mini --system {name} --out DIR
 
-Starting the command again goes on where it was. The recipes are `training/mini/recipes/words.toml` (base MLLM) and
-`{recipe}.toml` (base editor, then the three stages)."""
+Starting the command again goes on where it was. The recipes are `training/mini/recipes/words.toml` (base MLLM),
+`base.toml` (base editor) and `{recipe}.toml` (the three stages)."""
 
 _MEASURED = """## Measured
 
@@ -98,11 +99,11 @@ def _records(out: Path) -> str:
 def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
-    for run in ("words", system):
+    for run in ("words", f"{system}-base", system):
         config = read_snapshot(out / "runs" / run)
         for plan in plan_stages(config):
             stage = out / "runs" / run / plan.folder
-            rows.append(_row("base MLLM" if run == "words" else plan.stage.name, stage, _losses(stage)))
+            rows.append(_row(_BASES.get(plan.stage.name, plan.stage.name), stage, _losses(stage)))
     return grid(["stage", "steps", "minutes", "on", "held-out"], rows)
 
 

@@ -5,13 +5,16 @@
     DIR/records/BOOK          the drawn records, a book for each purpose (`books.py`)
     DIR/vae/NAME              the trained autoencoder
     DIR/runs/words            the base MLLM, from random weights; both miniatures start from it
-    DIR/start/NAME            the released layout with trained autoencoder and base MLLM, and a random DiT
-    DIR/runs/NAME             base editor, then the paper's three stages
+    DIR/bare/NAME             the released layout with trained autoencoder and base MLLM, and a random DiT
+    DIR/runs/NAME-base        the base editor
+    DIR/start/NAME            the same with the base editor: what the paper's stages start from
+    DIR/runs/NAME             the paper's three stages
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
     DIR/compare/NAME/...      what only tables compare with: the checkpoints between the stages, and reflectors of other forms
 
 Every link is left out where what it makes is there already, and the runs go on from their last checkpoint: starting the same
-command again is how to resume. Two miniatures made in one folder share what does not depend on the system.
+command again is how to resume. Two miniatures made in one folder share what does not depend on the system. Links that were
+made elsewhere, copied into DIR, are taken as if they had been made there.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ WORDS_SYSTEM = "mini-s"
 REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
 
-BETWEEN = {"base": "base", "reasoning": "reason", "editing": "edit"}
+BASE = "base"
+"""The recipe of the base editor, and what tables call the checkpoint before the three stages."""
+
+BETWEEN = {"reasoning": "reason", "editing": "edit"}
 """Stage of a miniature's recipe -> what tables call the checkpoint after it."""
 
 _SETTINGS = "reasonedit.json"
@@ -74,7 +80,7 @@ class Chain:
 
     @property
     def recipe(self) -> str:
-        """Of the base editor and the three stages."""
+        """Of the three stages."""
         return self.system.replace("-", "_")
 
     @property
@@ -87,6 +93,12 @@ class Chain:
         """The finished miniature."""
         return self.out / self.system
 
+    @property
+    def _edits_plainly(self) -> Path:
+        """What the run of the base editor leaves."""
+        name = f"{self.system}-{BASE}"
+        return self.out / "runs" / name / f"{name}_merged"
+
     # links
 
     def make(self, until: str | None = None) -> int:
@@ -96,6 +108,7 @@ class Chain:
             "records": self._records,
             "vae": self._vae,
             "words": self._words,
+            "base": self._base,
             "start": self._start,
             "stages": self._stages,
             "finish": self._finish,
@@ -149,22 +162,29 @@ class Chain:
     def _words(self) -> int:
         return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / WORDS_SYSTEM)
 
-    def _start(self) -> int:
-        place = self.out / "start" / self.system
-        if (place / _SETTINGS).is_file():
-            return 0
+    def _base(self) -> int:
+        place = self.out / "bare" / self.system
+        if not (place / _SETTINGS).is_file():
+            _whole(place, self._put_together)
+        return self._recipe_run(BASE, self._edits_plainly.parent, place, (f'model.system="{MINIS[self.system]}"',))
+
+    def _put_together(self, part: Path) -> None:
+        """Blank, with the trained MLLM and autoencoder in their places."""
         trained = self.out / "runs" / WORDS / f"{WORDS}_merged" / "text_encoder"
+        shutil.copytree(self.out / "blank" / self.system, part)
+        for old in (part / "text_encoder").glob("*.safetensors*"):
+            old.unlink()
+        for new in trained.glob("*.safetensors*"):
+            shutil.copy2(new, part / "text_encoder" / new.name)
+        shutil.rmtree(part / "vae")
+        shutil.copytree(self.out / "vae" / self.system, part / "vae", ignore=shutil.ignore_patterns("report.json"))
 
-        def build(part: Path) -> None:
-            shutil.copytree(self.out / "blank" / self.system, part)
-            for old in (part / "text_encoder").glob("*.safetensors*"):
-                old.unlink()
-            for new in trained.glob("*.safetensors*"):
-                shutil.copy2(new, part / "text_encoder" / new.name)
-            shutil.rmtree(part / "vae")
-            shutil.copytree(self.out / "vae" / self.system, part / "vae", ignore=shutil.ignore_patterns("report.json"))
+    def _start(self) -> int:
+        from .finish import write_finished
 
-        _whole(place, build)
+        place = self.out / "start" / self.system
+        if not (place / _SETTINGS).is_file():
+            _whole(place, lambda part: write_finished(self._edits_plainly, part))
         return 0
 
     def _stages(self) -> int:
@@ -184,6 +204,7 @@ class Chain:
         from ..run import export_stage
         from ..stages import plan_stages
 
+        self._compared(f"stages/{BASE}", lambda part: shutil.copytree(self._edits_plainly, part / self._edits_plainly.name))
         config = read_snapshot(self.run)
         for plan in plan_stages(config):
             if plan.stage.name in BETWEEN:
@@ -191,8 +212,7 @@ class Chain:
                     f"stages/{BETWEEN[plan.stage.name]}", lambda part, plan=plan: export_stage(config, plan, "merged", part)
                 )
         for form in FORMS:
-            run = self.out / "runs" / f"{self.system}-{form}"
-            start = self.out / "start" / self.system
+            run, start = self.out / "runs" / f"{self.system}-{form}", self.out / "start" / self.system
             sets = (f'data.reflection="{form}"', f'model.system="{MINIS[self.system]}"')
             code = self._recipe_run(REFLECTION, run, start, sets)
             if code:

@@ -7,7 +7,7 @@ learned at one pace; small convolutional networks need about half the steps. The
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ _SIZE = 0.2
 class Muon(torch.optim.Optimizer):
     """Tensors of two dimensions or more, as matrices (first dimension, rest), by Muon; the others by Adam.
 
-    momentum: Nesterov's, of Muon. betas, eps: of Adam. precision: what the iterations are computed in; bfloat16 is enough
-    where it is quick.
+    momentum: Nesterov's, of Muon. betas, eps: of Adam. adam: names of groups that are Adam's whole, as tables of embeddings
+    should be: few of their rows have a gradient in one step. precision: what the iterations are computed in; bfloat16 is
+    enough where it is quick.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        adam: Collection[str] = (),
         precision: str = "float32",
     ) -> None:
+        self._adam = frozenset(adam)
         rules = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": tuple(betas), "eps": eps}
         super().__init__(params, {**rules, "precision": precision})
 
@@ -44,10 +47,11 @@ class Muon(torch.optim.Optimizer):
         """One update of every tensor that has a gradient."""
         assert closure is None
         for table in self.param_groups:
+            matrices = table.get("name") not in self._adam
             for parameter in table["params"]:
                 if parameter.grad is None:
                     continue
-                change = self._matrix(parameter, table) if parameter.ndim > 1 else self._vector(parameter, table)
+                change = (self._matrix if matrices and parameter.ndim > 1 else self._vector)(parameter, table)
                 parameter.mul_(1 - table["lr"] * table["weight_decay"]).add_(change, alpha=-table["lr"])
 
     def _matrix(self, parameter: Tensor, table: dict[str, Any]) -> Tensor:

@@ -57,23 +57,24 @@ class VaeSettings(Table):
     """How a VAE is trained. widths: fields of its config.json that differ from the builder's.
 
     crop: side of the crops in pixels, `batch` of them make a step; the last `whole` of the steps are on whole pictures, as
-    many pixels each. noise: strongest noise on latents, drawn evenly from 0. square: weight of the squared error beside the
-    absolute one. moments: weight of the distance of each channel's mean from 0 and deviation from 1. checked: held-out scenes
+    many pixels each. noise: strongest noise on latents, drawn evenly from 0. objects: how much more a pixel of an object
+    counts than one of the ground, as most of a scene is ground. square: weight of the squared error beside the absolute one. moments: weight of the distance of each channel's mean from 0 and deviation from 1. checked: held-out scenes
     that the result is measured on. device, save_every, check_every and checked may change when a run goes on.
     """
 
     system: Literal["mini-s", "mini-q"]
     widths: dict[str, Any]
     seed: int = Field(0, ge=0, lt=2**63)
-    steps: int = Field(3000, ge=1)
+    steps: int = Field(4500, ge=1)
     batch: int = Field(16, ge=4)
-    crop: int = Field(48, ge=16, le=96, multiple_of=8)
-    whole: Share = 0.3
+    crop: int = Field(48, ge=16, le=96, multiple_of=16)
+    whole: Share = 0.6
     lr: Positive = 3e-3
     warmup: int = Field(100, ge=0)
     optimizer: str = "reasonedit.training.mini.muon.Muon"
     clip: float = Field(1.0, ge=0)
     noise: float = Field(0.25, ge=0)
+    objects: float = Field(3.0, ge=0)
     square: float = Field(4.0, ge=0)
     moments: float = Field(0.05, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -129,6 +130,12 @@ def vae_config(settings: VaeSettings) -> dict[str, Any]:
     return components(BUILDS[settings.system], torch.bfloat16, {"vae": settings.widths})["vae"].config
 
 
+def pixels_per_latent(settings: VaeSettings) -> int:
+    """Pixels per latent on each side. Raises ConfigError for an unknown field of widths."""
+    config = vae_config(settings)
+    return 2 ** (len(config["block_out_channels"]) - 1 if settings.system == "mini-s" else len(config["temperal_downsample"]))
+
+
 def picture_step(settings: VaeSettings) -> Any:
     """The `Step` of VAE training: micro-steps are `vae_scenes.Pictures`."""
 
@@ -138,7 +145,9 @@ def picture_step(settings: VaeSettings) -> Any:
         mean = models.vae.encode(pixels).float()
         noisy = mean + micro.noise.to(device)
         apart = models.vae.decode(noisy).float() - pixels
-        absolute, square = apart.abs().mean(), apart.square().mean()
+        counted = 1 + settings.objects * micro.covered.to(device)
+        counted = counted / counted.mean()
+        absolute, square = (counted * apart.abs()).mean(), (counted * apart.square()).mean()
         deviation, centre = torch.std_mean(mean, dim=(0, 2, 3))
         moments = (centre.square() + (deviation - 1).square()).mean()
         count = float(len(pixels))
@@ -206,6 +215,7 @@ def run_steps(settings: VaeSettings, models: VaeModels, run: Path) -> Outcome:
         crop=settings.crop,
         whole_from=round(settings.steps * (1 - settings.whole)),
         noise=settings.noise,
+        factor=pixels_per_latent(settings),
         fingerprint=config_hash(own),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from ...reasonedit_core.mini.splits import split_of_scene
 from ...reasonedit_core.mini.world import LOOKS, SIZE, Object, Scene, render, scene_of
 from ..types import MicroStep
 
-CHANNELS, FACTOR = 16, 8
-"""Latent channels, and pixels per latent on each side."""
+CHANNELS = 16
+"""Latent channels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures(MicroStep):
-    """pixels: (B, 3, H, W) in -1..1. noise: (B, 16, H/8, W/8), what is added to the latents. names: of the pictures."""
+    """pixels: (B, 3, H, W) in -1..1. noise: (B, 16, H/f, W/f), what is added to the latents.
+    covered: (B, 1, H, W), 1 where an object is drawn. names: of the pictures."""
 
     pixels: Tensor | None = None
     noise: Tensor | None = None
+    covered: Tensor | None = None
     names: tuple[str, ...] = ()
 
     @property
@@ -36,7 +38,10 @@ class Pictures(MicroStep):
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """A `PackSource` of one epoch: crops up to step `whole_from`, then whole pictures, as many pixels a step."""
+    """A `PackSource` of one epoch: crops up to step `whole_from`, then whole pictures, as many pixels a step.
+
+    factor: pixels per latent on each side.
+    """
 
     seed: int
     steps: int
@@ -44,6 +49,7 @@ class Crops:
     crop: int
     whole_from: int
     noise: float
+    factor: int
     fingerprint: str
 
     def __len__(self) -> int:
@@ -55,18 +61,21 @@ class Crops:
         whole = cursor >= self.whole_from
         side = SIZE if whole else self.crop
         count = max(4, self.batch * self.crop**2 // SIZE**2) if whole else self.batch
-        crops, names = [], []
+        crops, covers, names = [], [], []
         for number in range(count):
             dice = Dice("vae", self.seed, epoch, cursor, number)
             crowded = dice.chance(0.25 if whole else 0.75)
             drawn = crowded_scene(dice) if crowded else scene(dice.below(1 << 62))
-            top, left = (FACTOR * dice.below((SIZE - side) // FACTOR + 1) for _ in range(2))
-            crops.append(as_tensor(drawn)[:, top : top + side, left : left + side])
+            top, left = (self.factor * dice.below((SIZE - side) // self.factor + 1) for _ in range(2))
+            part = (slice(None), slice(top, top + side), slice(left, left + side))
+            pixels, bare = as_tensor(drawn)[part], as_tensor(replace(drawn, objects=()))[part]
+            crops.append(pixels)
+            covers.append((pixels != bare).any(dim=0, keepdim=True).float())
             names.append(f"{cursor}-{number}")
         rng = torch.Generator().manual_seed(Dice("vae noise", self.seed, epoch, cursor).below(1 << 62))
         strength = self.noise * torch.rand((count, 1, 1, 1), generator=rng)
-        noise = strength * torch.randn((count, CHANNELS, side // FACTOR, side // FACTOR), generator=rng)
-        return [Pictures(None, None, {"picture": float(count)}, torch.stack(crops), noise, tuple(names))]
+        noise = strength * torch.randn((count, CHANNELS, side // self.factor, side // self.factor), generator=rng)
+        return [Pictures(None, None, {"picture": float(count)}, torch.stack(crops), noise, torch.stack(covers), tuple(names))]
 
 
 def crowded_scene(dice: Dice) -> Scene:
