@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 
 from .errors import ConfigError
+from .frames import decode_frame, encode_frame
 from .types import LatentImage
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class KLCodec:
 class QwenCodec:
     """The autoencoder of Qwen-Image: a video VAE used on one frame, the mode is used, a mean and a deviation per channel.
 
-    patch: pixels of a latent token on each side.
+    patch: pixels of a latent token on each side. In float32 the frame takes the shorter way of `frames.py`; in half precision
+    the module's own, whose rounding is part of the released results.
     """
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
@@ -90,8 +92,10 @@ class QwenCodec:
 
     def encode(self, pixels: torch.Tensor) -> Moments:
         """pixels (1, 3, H, W) in -1..1 -> the mode (1, C, H/8, W/8) and None."""
-        frames = pixels.to(self.vae.device, self.vae.dtype)[:, :, None]
-        return self.vae.encode(frames).latent_dist.mode()[:, :, 0], None
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        if self.vae.dtype == torch.float32:
+            return encode_frame(self.vae, pixels), None
+        return self.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0], None
 
     def sample(self, moments: Moments, rng: torch.Generator) -> torch.Tensor:
         """Normalised latents (1, C, h, w). Nothing is drawn from `rng`."""
@@ -105,6 +109,8 @@ class QwenCodec:
         mean, std = self._statistics(latents)
         # Division by the reciprocal, not a product: the last bit is that of the released pipeline.
         z = latents / (1.0 / std) + mean
+        if self.vae.dtype == torch.float32:
+            return decode_frame(self.vae, z)
         return self.vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
 
     def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -322,3 +322,5 @@ def test_geometries_resize_as_their_release_did():
     assert torch.equal(by["v1.2"].to_mllm(picture, size), images.resize_lanczos_pil(picture, *size))
     assert by["v1.2"].plan([(1920, 1080)], 1024).output == (1360, 768)
     assert Step1XGeometry(multiple=32).plan([(1920, 1080)], 1024).vae == ((1344, 768),)
+    large = Step1XGeometry(patch=32).plan([(1920, 1080)], 1024)  # an autoencoder that halves four times
+    assert (large.vae, large.grid) == (((1344, 768),), (24, 42))

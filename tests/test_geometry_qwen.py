@@ -52,6 +52,8 @@ def test_a_generated_picture_keeps_its_size():
 
 
 def test_areas_and_multiple_are_parameters():
+    large = QwenGeometry(plus=True, multiple=16, patch=64).plan([(100, 100)], 96)
+    assert (large.output, large.grid) == ((128, 128), (2, 2))
     geometry = QwenGeometry(plus=True, condition_area=64 * 64, multiple=16)
     plan = geometry.plan([(100, 100)], 112)
     assert (plan.output, plan.mllm) == ((112, 112), ((64, 64),))

@@ -54,6 +54,23 @@ def test_an_unknown_link_is_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_links_that_were_made_elsewhere_are_taken_where_none_are(tmp_path, monkeypatch):
+    links, out = tmp_path / "links", tmp_path / "out"
+    for name, text in (("tokenizer/vocab.json", "theirs"), ("vae/mini-s/config.json", "{}"), ("vae/mini-s/weights", "theirs")):
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        (links / name).write_text(text)
+    (out / "tokenizer").mkdir(parents=True)
+    (out / "tokenizer/vocab.json").write_text("ours")
+    made = Chain("mini-s", out, links=links)
+    for link in ("_tokens", "_records"):
+        monkeypatch.setattr(Chain, link, lambda self: 0)
+    monkeypatch.setattr("reasonedit.training.mini.vae.train_vae", lambda *args: pytest.fail("the link is there"))
+    assert made.make("vae") == 0
+    assert (out / "tokenizer/vocab.json").read_text() == "ours" and (out / "vae/mini-s/weights").read_text() == "theirs"
+    with pytest.raises(ConfigError, match="expected links of a miniature"):
+        Chain("mini-s", out, links=tmp_path / "nothing").make("vae")
+
+
 def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     merged = tmp_path / "merged"
     merged.mkdir()
@@ -87,7 +104,7 @@ def test_from_nothing_to_a_miniature_that_edits(tmp_path, monkeypatch):
     made = Chain("mini-q", tmp_path, share=0.0004, threads=1, quiet=True)
     assert made.make("records") == 0 and not (tmp_path / "vae").exists()
     books = {path.parent.name: json.loads(path.read_text())["count"] for path in tmp_path.glob("records/*/book.json")}
-    assert books == {"words": 24, "edits": 24, "pairs": 10, "triples": 10, "drawings": 2}
+    assert books == {"words": 24, "edits": 12, "pairs": 5, "triples": 5, "drawings": 1}
     assert made.make() == 0
     assert sorted(path.relative_to(tmp_path / "compare/mini-q").as_posix() for path in tmp_path.glob("compare/mini-q/*/*")) == [
         *(f"reflection/{form}" for form in ("dual-image", "multi-round", "single-image")),

@@ -268,7 +268,7 @@ def test_a_run_that_is_asked_to_stop_writes_no_vae(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_training_brings_pictures_and_latents_into_place(system, tmp_path):
-    settings = small(system, steps=60, batch=8, lr=1e-2, warmup=5, whole=0.0, save_every=0)
+    settings = small(system, steps=60, batch=8, lr=1e-2, warmup=5, whole=0.0, save_every=0, objects=0.0)
     run_steps(settings, VaeModels(vae=new_vae(settings)), tmp_path)
     lines = [line["parts"] for line in read_log(tmp_path) if line["event"] == "step"]
     first, last = ({key: np.mean([line[key] for line in some]) for key in lines[0]} for some in (lines[:5], lines[-5:]))
@@ -301,6 +301,18 @@ def test_muon_moves_kernels_and_vectors_by_the_same_measure():
     torch.testing.assert_close(vector.detach(), -0.1 * vector.grad.sign(), rtol=1e-4, atol=1e-5)
     assert 0.1 * 0.2 * 0.5 < kernel.detach().square().mean().sqrt() < 0.1 * 0.2 * 1.2
     assert (kernel.detach() * kernel.grad).sum() < 0 and not idle.detach().any()
+
+
+def test_groups_named_adam_are_adams_whole():
+    table, kernel = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    groups = [{"params": [one], "name": name} for one, name in ((table, "embeddings"), (kernel, "rest"))]
+    optimizer = Muon(groups, lr=0.1, adam=["embeddings"])
+    for one in (table, kernel):
+        one.grad = torch.tensor([[1.0, -2.0], [0.0, 0.0], [0.0, 3.0]])
+    optimizer.step()
+    torch.testing.assert_close(table.detach(), -0.1 * table.grad.sign(), rtol=1e-4, atol=1e-5)
+    assert "momentum" in optimizer.state[kernel] and "momentum" not in optimizer.state[table]
+    assert not torch.allclose(kernel, table, atol=1e-2)
 
 
 def test_muon_decays_and_forgets():

@@ -193,7 +193,7 @@ def run_mini(args: argparse.Namespace) -> int:
     """`reasonedit-train mini`: a miniature from nothing."""
     from .mini.chain import Chain
 
-    chain = Chain(args.system, args.out.absolute(), args.share, args.threads, tuple(args.set), args.quiet)
+    chain = Chain(args.system, args.out.absolute(), args.share, args.links, args.threads, tuple(args.set), args.quiet)
     return chain.make(args.until)
 
 
@@ -341,6 +341,7 @@ def _add_mini(commands) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="all that is made; both miniatures may share it")
     add("--until", metavar="LINK", help="stop after tokens, records, vae, words, base, start, stages or finish")
     add("--share", type=float, default=1.0, metavar="S", help="of all records and steps, for a trial of the command (1)")
+    add("--links", type=Path, metavar="DIR", help="take links that were made elsewhere, where OUT has none of its own")
     add("--threads", type=whole(0, 1024), default=0, metavar="N", help="CPU threads of torch (0: its own choice)")
     _sets(parser)
     _common(parser, run_mini)

@@ -2,7 +2,7 @@
 
 A scene is a background, a style and objects on a 3x3 grid. Its pixels follow from it alone; no model takes part. The canvas
 is square; 96 and 128 pixels are in use. Every cell is a square of a third of the canvas, so that at 96 pixels an object
-lies on 2x2 latent tokens of 16 px.
+lies on one latent token of 32 px.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...reasonedit_core.errors import ConfigError
+from ...reasonedit_core.files import write_whole
 from ...reasonedit_core.mini.models import MINIS
 from ...reasonedit_core.reasoners.verdict import FORMS
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 
-BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 60_000, "pairs": 24_000, "triples": 24_000, "drawings": 4_000}
+BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 30_000, "pairs": 12_000, "triples": 12_000, "drawings": 2_000}
 """Records of each book, beside those of its validation part."""
 
 HELD_OUT = 300
@@ -63,11 +64,13 @@ _SETTINGS = "reasonedit.json"
 @dataclass(frozen=True, slots=True)
 class Chain:
     """One miniature made in `out`. share: of the records and of the steps of every run that are made, for a trial of the
-    command; 1 is what the shipped weights were made with. sets: `A.B=VALUE` put over the recipes of this miniature's runs."""
+    command; 1 is what the shipped weights were made with. links: a folder with links that were made elsewhere, laid out as
+    `out` is; what `out` lacks is taken from it. sets: `A.B=VALUE` put over the recipes of this miniature's runs."""
 
     system: str
     out: Path
     share: float = 1.0
+    links: Path | None = None
     threads: int = 0
     sets: Sequence[str] = ()
     quiet: bool = False
@@ -117,12 +120,24 @@ class Chain:
         }
         if until is not None and until not in links:
             raise ConfigError(f"--until: expected one of {', '.join(links)}, found {until!r}. Choose one of them.")
+        self._take_links()
         for name, link in links.items():
             log.info("%s: %s", self.system, name)
             code = link()
             if code or name == until:
                 return code
         return 0
+
+    def _take_links(self) -> None:
+        if self.links is None:
+            return
+        if not (self.links / "tokenizer" / "vocab.json").is_file():
+            raise ConfigError(f"--links: expected links of a miniature (tokenizer, vae, runs) in {self.links}, found none.")
+        for file in sorted(path for path in self.links.rglob("*") if path.is_file()):
+            place = self.out / file.relative_to(self.links)
+            if not place.exists():
+                log.info("taken from %s: %s", self.links, file.relative_to(self.links))
+                write_whole(place, file.read_bytes())
 
     def _tokens(self) -> int:
         from .blank import write_blank
