@@ -26,6 +26,9 @@ Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 Combine = Callable[[torch.Tensor, torch.Tensor, float, "torch.Tensor | float"], torch.Tensor]
 """(conditional, unconditional (B, N, C), guidance scale, sigma ()) -> velocity (B, N, C)."""
 
+Step = Callable[..., torch.Tensor]
+"""`kernels.guided_step`, or what is called like it: guidance and Euler step in one."""
+
 _UNSUPPORTED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
 
 
@@ -116,16 +119,20 @@ def euler(
 ) -> torch.Tensor:
     """Integrate from `latents` (1, N, C) at sigmas[0] down to sigmas[-1]; returns (1, N, C) in the same dtype.
 
-    on_step(i, n, latents) is called after step i of n. should_stop is polled before every step; true raises Interrupted.
+    A `Guided` velocity that has a fused step takes it. on_step(i, n, latents) is called after step i of n. should_stop is
+    polled before every step; true raises Interrupted.
     """
     n = len(sigmas) - 1
     sigmas = sigmas.to(latents.device, torch.float32)
     for i in range(n):
         if should_stop is not None and should_stop():
             raise Interrupted(f"Stopped before denoising step {i + 1} of {n}, as asked.")
-        v = velocity(latents, sigmas[i])
-        # The sum is made in float32 from latents kept in the model's dtype: that is what the released scheduler does.
-        latents = (latents.to(torch.float32) + (sigmas[i + 1] - sigmas[i]) * v).to(v.dtype)
+        if isinstance(velocity, Guided) and velocity.fused:
+            latents = velocity.advance(latents, sigmas[i], sigmas[i + 1])
+        else:
+            v = velocity(latents, sigmas[i])
+            # The sum is made in float32 from latents kept in the model's dtype: that is what the released scheduler does.
+            latents = (latents.to(torch.float32) + (sigmas[i + 1] - sigmas[i]) * v).to(v.dtype)
         if i in (0, n - 1):
             _check_finite(latents, i + 1, n)
         if on_step is not None:
@@ -188,6 +195,51 @@ def combine_qwen(cond: torch.Tensor, uncond: torch.Tensor, scale: float, sigma: 
     return combined * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
 
 
+def rule_of(combine: Combine) -> dict[str, Any] | None:
+    """What `kernels.guided_step` calls a guidance rule, as keyword arguments; None for a rule it does not have."""
+    if isinstance(combine, Step1XGuidance):
+        return {"rule": "step1x", "power": combine.power, "truncate": combine.truncate}
+    return {"rule": "qwen"} if combine is combine_qwen else None
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """The velocity of one prediction without `uncond`, else of two that `combine` puts together; see `guided_velocity`."""
+
+    predict: Predict
+    cond: Conditioning
+    uncond: Conditioning | None
+    scale: float
+    combine: Combine
+    joined: Conditioning | None = None
+    step: Step | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether `advance` can be used."""
+        return self.step is not None and (self.uncond is None or rule_of(self.combine) is not None)
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """latents (1, N, C), sigma () -> velocity (1, N, C)."""
+        positive, negative = self._predictions(latents, sigma)
+        return positive if negative is None else self.combine(positive, negative, self.scale, sigma)
+
+    def advance(self, latents: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        """latents (1, N, C) at sigma () -> those at sigma_next (), in the dtype of the predictions; nothing waits for the
+        device, whatever the rule asks of sigma."""
+        positive, negative = self._predictions(latents, sigma)
+        if negative is None:
+            return self.step(latents, positive, sigma, sigma_next)
+        return self.step(latents, positive, sigma, sigma_next, uncond=negative, scale=self.scale, **rule_of(self.combine))
+
+    def _predictions(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.uncond is None:
+            return self.predict(latents, sigma.expand(1), self.cond), None
+        if self.joined is not None:
+            return self.predict(torch.cat([latents, latents]), sigma.expand(2), self.joined).chunk(2)
+        return tuple(self.predict(latents, sigma.expand(1), conditioning) for conditioning in (self.cond, self.uncond))
+
+
 def guided_velocity(
     predict: Predict,
     cond: Conditioning,
@@ -196,24 +248,12 @@ def guided_velocity(
     scale: float,
     combine: Combine,
     joined: Conditioning | None = None,
-) -> Velocity:
+    step: Step | None = None,
+) -> Guided:
     """The velocity that `euler` follows: one prediction without `uncond`, else two that `combine` puts together.
 
     joined: both conditionings as one batch of two (conditional first); given, each step is a single forward of batch two.
+    step: `kernels.guided_step`, by which `euler` then combines and steps at once, in float32 and rounded once; None keeps the
+    released order of roundings.
     """
-
-    def plain(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return predict(latents, sigma.expand(1), cond)
-
-    def sequential(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        positive = predict(latents, sigma.expand(1), cond)
-        negative = predict(latents, sigma.expand(1), uncond)
-        return combine(positive, negative, scale, sigma)
-
-    def batched(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        positive, negative = predict(torch.cat([latents, latents]), sigma.expand(2), joined).chunk(2)
-        return combine(positive, negative, scale, sigma)
-
-    if uncond is None:
-        return plain
-    return sequential if joined is None else batched
+    return Guided(predict, cond, uncond, scale, combine, joined, step)

@@ -22,6 +22,7 @@ from . import latents as latent
 from .denoisers import join_conditionings
 from .errors import ConfigError
 from .interfaces import Codec, Conditioner, Denoiser
+from .kernels import guided_step
 from .types import Conditioning, Counts, Edited, EditRequest, LatentImage, OnStep, ShouldStop
 
 Size = tuple[int, int]
@@ -178,7 +179,7 @@ class FlowGenerator:
         shape = (1, self.codec.channels, 2 * grid[0], 2 * grid[1])
         noise = latent.pack(latent.draw_normal(shape, rng, dtype=dtype, device=cond.tokens.device))
         with self.mover("dit"):
-            velocity = self._velocity(cond, uncond, request.guidance, grid, references)
+            velocity = self._velocity(cond, uncond, request.guidance, grid, references, released)
             result = flow.euler(velocity, noise, sigmas, on_step=on_step, should_stop=should_stop)
         with self.mover("vae"):
             decoded = self.codec.decode(latent.unpack(result, *grid))
@@ -245,14 +246,19 @@ class FlowGenerator:
         scale: float,
         grid: tuple[int, int],
         references: Sequence[LatentImage],
+        released: bool,
     ) -> flow.Velocity:
-        """The guided velocity of packed latents (1, N, C), from one, two or (batched) one double forward per step."""
+        """The guided velocity of packed latents (1, N, C), from one, two or (batched) one double forward per step.
+
+        released: guidance and step round where the released pipelines round, and not once at their end.
+        """
 
         def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             return self.denoiser(x, sigma, conditioning, grid=grid, references=references)
 
         joined = join_conditionings(cond, uncond) if self.batched_cfg and uncond is not None else None
-        return flow.guided_velocity(predict, cond, uncond, scale=scale, combine=self.combine, joined=joined)
+        step = None if released else guided_step
+        return flow.guided_velocity(predict, cond, uncond, scale=scale, combine=self.combine, joined=joined, step=step)
 
     def _finish(
         self, generated: torch.Tensor, request: EditRequest, picture: torch.Tensor, released: bool, source_size: bool

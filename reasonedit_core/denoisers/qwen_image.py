@@ -3,11 +3,16 @@
 The transformer reads one sequence [text, target, reference 1, reference 2, ...]; a picture's place in that list is its
 frame index in the rotary positions, so the order of the references carries meaning ("Picture 1" is the first). The
 checkpoint's own config decides whether references are modulated as clean pictures (`zero_cond_t`, the 2511 release).
+
+The transformer's modules are used, its forward is ours: on the fused ops of `kernels` where there is a kernel, else with the
+roundings of diffusers. Blocks are entered through their own call, so adapters, hooks and weights that come and go with a block
+work as they do there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +20,9 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels.dispatch import Run
-from ..models.qwen_attention import QwenAttention
+from ..models.qwen_attention import attend_with
+from ..models.qwen_packed import enable_packs
+from ..models.streams import BATCH, SAMPLES, Batch, Samples, last_norm
 from ..types import Conditioning, Counts, LatentImage
 
 POSITIONS = 4096
@@ -23,11 +30,34 @@ POSITIONS = 4096
 
 TIMESTEPS = 1000
 
+_KEPT = 3
+"""Prepared conditionings kept: the conditional, the unconditional and their joint batch."""
+
+Grids = tuple[tuple[int, int], ...]
+"""(height, width) of the target, then of each reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What depends on a conditioning and the sizes alone, not on the weights or the timestep.
+
+    rope (T + N, D / 2) complex, of text, target and references. mask (B, 1, 1, T + N) bool or None: which keys every query may
+    see. layout: which row of modulation a token takes.
+    """
+
+    conditioning: Conditioning
+    grids: Grids
+    batch: int
+    device: torch.device
+    rope: torch.Tensor
+    mask: torch.Tensor | None
+    layout: Batch
+
 
 class QwenImageDenoiser:
     """One velocity prediction of a Qwen-Image transformer.
 
-    transformer: a `QwenImageTransformer2DModel` of an editing checkpoint; its attention is replaced by ours.
+    transformer: a `QwenImageTransformer2DModel` of an editing checkpoint; its modules are used, its forward is ours.
     host: attention function of a host application, if it shall be used.
     """
 
@@ -35,9 +65,11 @@ class QwenImageDenoiser:
 
     def __init__(self, transformer: nn.Module, *, counts: Counts | None = None, host: Run | None = None) -> None:
         check_config(transformer.config)
-        transformer.set_attn_processor(QwenAttention(host))
+        enable_packs(transformer)
         self.transformer = transformer
         self.counts = counts or Counts()
+        self.host = host
+        self._prepared: list[_Prepared] = []
 
     @torch.no_grad()
     def __call__(
@@ -55,21 +87,69 @@ class QwenImageDenoiser:
         padded at its end and masked) or two calls with batch 1; the results are the same.
         """
         batch, n_target = latents.shape[:2]
-        grids = [tuple(grid), *((image.height, image.width) for image in references)]
+        grids = (tuple(grid), *((image.height, image.width) for image in references))
         _check_call(latents, conditioning, grids, references)
         sequence = torch.cat([latents, *(image.tokens.to(latents).expand(batch, -1, -1) for image in references)], dim=1)
         # The released pipelines round the timestep in 0..1000 to the latents' type before they scale it down again.
         timestep = (t * TIMESTEPS).to(latents.dtype) / TIMESTEPS
         self.counts.denoiser_forwards += 1
-        velocity = self.transformer(
-            hidden_states=sequence,
-            timestep=timestep,
-            encoder_hidden_states=conditioning.tokens,
-            encoder_hidden_states_mask=conditioning.mask,
-            img_shapes=[[(1, height, width) for height, width in grids]] * batch,
-            return_dict=False,
-        )[0]
-        return velocity[:, :n_target]
+        prepared = self._prepare(conditioning, grids, sequence)
+        return self._velocity(sequence, timestep, conditioning.tokens, prepared)[:, :n_target]
+
+    def _velocity(
+        self, sequence: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, prepared: _Prepared
+    ) -> torch.Tensor:
+        """sequence (B, N, C) of target and references, timestep (B,) in 0..1, tokens (B, T, D) -> velocity (B, N, C)."""
+        net, attend = self.transformer, attend_with(self.host)
+        image = net.img_in(sequence)
+        text = net.txt_in(net.txt_norm(tokens))
+        if prepared.layout.n_documents is not None:
+            timestep = torch.cat([timestep, timestep * 0])
+        temb = net.time_text_embed(timestep, image)
+        for block in net.transformer_blocks:
+            image, text = block(image, text, temb, prepared.rope, prepared.mask, attend, layout=prepared.layout)
+        return net.proj_out(last_norm(net.norm_out, image, temb[: prepared.layout.n_documents], SAMPLES))
+
+    def _prepare(self, conditioning: Conditioning, grids: Grids, sequence: torch.Tensor) -> _Prepared:
+        batch, device = len(sequence), sequence.device
+        for kept in self._prepared:
+            if kept.conditioning is conditioning and (kept.grids, kept.batch, kept.device) == (grids, batch, device):
+                return kept
+        made = _Prepared(
+            conditioning,
+            grids,
+            batch,
+            device,
+            _rope(self.transformer.pos_embed, grids, conditioning.tokens.shape[1], device),
+            _joint_mask(conditioning.mask, sequence),
+            _clean_references(grids, batch, device) if self.transformer.config.get("zero_cond_t") else BATCH,
+        )
+        self._prepared = [*self._prepared, made][-_KEPT:]
+        return made
+
+
+def _rope(pos_embed: nn.Module, grids: Grids, n_text: int, device: torch.device) -> torch.Tensor:
+    """(T + N, D / 2) complex64: text, target, references."""
+    shapes = [[(1, height, width) for height, width in grids]]
+    # By keywords: the order of the arguments differs between the versions of diffusers.
+    image, text = pos_embed(shapes, max_txt_seq_len=n_text, device=device)
+    return torch.cat([text, image])
+
+
+def _joint_mask(mask: torch.Tensor | None, sequence: torch.Tensor) -> torch.Tensor | None:
+    """(B, T) valid text tokens -> (B, 1, 1, T + N): every query sees valid text and all of the pictures."""
+    if mask is None or bool(mask.all()):
+        return None
+    mask = mask.to(sequence.device, torch.bool)
+    return torch.nn.functional.pad(mask, (0, sequence.shape[1]), value=True)[:, None, None]
+
+
+def _clean_references(grids: Grids, batch: int, device: torch.device) -> Batch:
+    """Modulation rows: of sample b the target takes row b, its references row B + b, which is that of t = 0."""
+    target, *references = (height * width for height, width in grids)
+    reference = torch.arange(target + sum(references), device=device) >= target
+    rows = torch.arange(batch, device=device)[:, None] + batch * reference
+    return Batch(n_documents=batch, image=Samples(rows.int()))
 
 
 def check_config(config) -> None:

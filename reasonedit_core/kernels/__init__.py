@@ -3,7 +3,7 @@
 from .cross_entropy import head_cross_entropy, linear_cross_entropy
 from .dispatch import BACKENDS, Backend, Refused, attention, explain, select
 from .mask import Intervals, Mask
-from .ops import gate_norm_modulate, guided_step, qk_norm_rope
+from .ops import gate_norm_modulate, guided_step, has_kernel, qk_norm_rope
 from .reference_ops import Heads
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "explain",
     "gate_norm_modulate",
     "guided_step",
+    "has_kernel",
     "head_cross_entropy",
     "linear_cross_entropy",
     "qk_norm_rope",

@@ -195,6 +195,12 @@ def pick(op: str, backend: str, device: torch.device, refused: str | None = None
     return "reference"
 
 
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether a kernel computes `op` where x is. For callers that have a plain form of their own, which rounds at other places
+    and is what runs where there is none."""
+    return pick(op, "auto", x.device) != "reference"
+
+
 def unable(op: str, backend: str, device: torch.device) -> str | None:
     """None, or why `backend` does not compute `op` on `device`."""
     if device.type == "meta":

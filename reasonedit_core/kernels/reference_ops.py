@@ -18,6 +18,9 @@ FP16_MAX = 65504.0
 RULES = ("plain", "step1x", "qwen")
 """How two predictions are combined: not damped; Step1X-Edit's rule; Qwen-Image's rule."""
 
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+"""`dtype.to_complex` says the same, but torch.compile cannot trace it."""
+
 
 class Heads(NamedTuple):
     """One stream before norm and rotation: q (B, N, H, D), k and v (B, N, Hk, D), weights (D,) of the RMS norms of q and k."""
@@ -39,7 +42,7 @@ def norm_rope(x: Tensor, weight: Tensor, table: Tensor, eps: float) -> Tensor:
     wide = widened(x)
     normed = functional.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps)
     pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table.unsqueeze(-2).to(wide.to_complex())).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * table.unsqueeze(-2).to(_COMPLEX[wide])).flatten(-2).to(x.dtype)
 
 
 def qk_norm_rope(

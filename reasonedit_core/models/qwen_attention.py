@@ -1,77 +1,65 @@
-"""The joint attention of Qwen-Image's double-stream blocks, routed through our own kernel dispatch.
+"""The joint attention of Qwen-Image's double-stream blocks, over the `Attention` modules of diffusers.
 
-A processor for the `Attention` modules of diffusers' `QwenImageTransformer2DModel`: the projections and norms stay those of
-the module (so LoRA adapters and streamed blocks work unchanged); the rotation and the attention itself are ours.
-Legend: B batch, T text tokens, N picture tokens (target, then references), H heads, D head width.
+The projections and norms stay those of the module (so LoRA adapters and streamed blocks work unchanged); the rotation and the
+attention itself are ours.
+Legend: B batch, T text tokens, N picture tokens (target, then references), L = T + N, H heads, D head width.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from ..kernels.dispatch import Run, attention
+from ..kernels import Heads, Mask, attention, has_kernel, qk_norm_rope
+from ..kernels.dispatch import Run
+from .connector import Attend
+from .streams import Layout, Packed
 
 
-class QwenAttention:
-    """Attention over [text, target, references] in one bidirectional sequence.
+def attend_with(host: Run | None) -> Attend:
+    """Attention of the dispatch with a host application's attention bound; None lets the dispatch choose."""
+    return partial(attention, host=host)
 
-    host: attention function of a host application, handed on to the dispatch; None lets the dispatch choose.
+
+def joint_attention(
+    attn: nn.Module, image: torch.Tensor, text: torch.Tensor, rope: torch.Tensor, mask: Mask, attend: Attend, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """image (B, N, C) and text (B, T, C) after attention over both and the output projections.
+
+    rope: complex table (L, D / 2) in the order of the joint sequence. Without a kernel for it norm and rotation round where
+    diffusers rounds.
     """
+    if isinstance(layout, Packed) or not has_kernel("qk_norm_rope", image):
+        q, k, v = (layout.join(*pair) for pair in zip(*project_heads(attn, text, image), strict=True))
+        # Under autocast the norms answer in fp32 where the projections give the low precision.
+        q, k = (rotate(x, rope).to(v.dtype) for x in (q, k))
+    else:
+        text_heads, image_heads = split_heads(attn, text, image)
+        q, k, v = qk_norm_rope(image_heads, rope, text=text_heads, eps=attn.norm_q.eps)
+    text_out, image_out = layout.part(attend(q, k, v, mask).flatten(2), text.shape[1])
+    for layer in attn.to_out:  # projection, then a dropout that is the identity outside training
+        image_out = layer(image_out)
+    return image_out, attn.to_add_out(text_out)
 
-    def __init__(self, host: Run | None = None) -> None:
-        self.host = host
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_hidden_states_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Picture stream (B, N, C) and text stream (B, T, C) after attention and output projection.
-
-        The block's arguments keep the names diffusers calls them by. encoder_hidden_states_mask (B, T) bool marks valid
-        text; older diffusers send attention_mask (B, T + N) for the whole sequence in its place.
-        image_rotary_emb: complex tables (N, D / 2) and (T, D / 2).
-        """
-        n_text = encoder_hidden_states.shape[1]
-        mask = _joint_mask(encoder_hidden_states_mask, attention_mask, hidden_states)
-        text, image = project_heads(attn, encoder_hidden_states, hidden_states)
-        if image_rotary_emb is not None:
-            image_table, text_table = image_rotary_emb
-            image[:2] = [rotate(x, image_table) for x in image[:2]]
-            text[:2] = [rotate(x, text_table) for x in text[:2]]
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))  # (B, T + N, H, D)
-        mixed = attention(q, k, v, mask, host=self.host).flatten(2).to(q.dtype)
-        image_out = mixed[:, n_text:].contiguous()
-        for layer in attn.to_out:  # projection, then a dropout that is the identity outside training
-            image_out = layer(image_out)
-        return image_out, attn.to_add_out(mixed[:, :n_text].contiguous())
+def split_heads(attn: nn.Module, text: torch.Tensor, image: torch.Tensor) -> tuple[Heads, Heads]:
+    """Queries, keys and values before the norms: of text (B, T, C) and of pictures (B, N, C), each (B, T | N, H, D)."""
+    heads = (attn.heads, -1)
+    added = [proj(text).unflatten(-1, heads) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+    own = [proj(image).unflatten(-1, heads) for proj in (attn.to_q, attn.to_k, attn.to_v)]
+    text_weights = attn.norm_added_q.weight, attn.norm_added_k.weight
+    return Heads(*added, *text_weights), Heads(*own, attn.norm_q.weight, attn.norm_k.weight)
 
 
 def project_heads(attn: nn.Module, text: torch.Tensor, image: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Normalised queries and keys, and values, before the rotation: of text (B, T, C) and of pictures (B, N, C), each
-    (B, T | N, H, D)."""
-    heads = (attn.heads, -1)
-    image = [proj(image).unflatten(-1, heads) for proj in (attn.to_q, attn.to_k, attn.to_v)]
-    text = [proj(text).unflatten(-1, heads) for proj in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-    image[0], image[1] = attn.norm_q(image[0]), attn.norm_k(image[1])
-    text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
-    return text, image
+    """The same with normalised queries and keys."""
+    (text_q, text_k, text_v, *_), (q, k, v, *_) = split_heads(attn, text, image)
+    return [attn.norm_added_q(text_q), attn.norm_added_k(text_k), text_v], [attn.norm_q(q), attn.norm_k(k), v]
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotary positions: x (B, T, H, D), adjacent channels paired as complex numbers; table (T, D / 2) complex64."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
-
-
-def _joint_mask(text_mask: torch.Tensor | None, joint_mask: torch.Tensor | None, image: torch.Tensor) -> torch.Tensor | None:
-    """(B, 1, 1, T + N) bool: which keys every query may see. Pictures are always seen."""
-    if text_mask is not None:
-        seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-        joint_mask = torch.cat([text_mask.bool(), seen], dim=1)
-    return None if joint_mask is None else joint_mask.bool()[:, None, None]

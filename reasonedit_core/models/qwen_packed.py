@@ -1,9 +1,10 @@
-"""The blocks of diffusers' `QwenImageTransformer2DModel` on packed documents.
+"""The blocks of diffusers' `QwenImageTransformer2DModel` on the fused ops of `kernels`, and on packed documents.
 
-The block's submodules are used, not its forward: that differs between the versions of diffusers, takes one set of grids for
-the whole batch and one modulation per sample. `enable_packs` gives every block a second way in behind its own call, so that
-whatever wraps a block's call (FSDP2, checkpointing, streamed weights, hooks) wraps a packed call as well.
-Legend: T text tokens, N picture tokens, L = T + N, C width, D head width, R rows of modulation.
+The block's submodules are used, not its forward: that makes many passes over its tensors, differs between the versions of
+diffusers, takes one set of grids for the whole batch and one modulation per sample. `enable_packs` gives every block a second
+way in behind its own call, so that whatever wraps a block's call (FSDP2, checkpointing, streamed weights, hooks) wraps ours
+as well.
+Legend: B batch, T text tokens, N picture tokens, L = T + N, C width, D head width, R rows of modulation.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from torch import Tensor, nn
 from ..kernels import Mask
 from ..packing import Grid
 from .connector import Attend
-from .qwen_attention import project_heads, rotate
-from .streams import Packed, Spans
-
-FP16_MAX = 65504.0
+from .qwen_attention import joint_attention
+from .streams import Layout, Packed, Spans
 
 
 class PackedBlock:
-    """Mixin for a block of diffusers: with a `layout` it is entered with a pack, without one as diffusers calls it."""
+    """Mixin for a block of diffusers: with a `layout` it is entered by `run_block`, without one as diffusers calls it."""
 
-    def forward(self, *args: object, layout: Packed | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: object, layout: Layout | None = None, **kwargs: object) -> tuple[Tensor, Tensor]:
         """With a layout, the arguments and the result of `run_block`."""
         if layout is None:
             return super().forward(*args, **kwargs)
@@ -34,7 +33,7 @@ class PackedBlock:
 
 
 def enable_packs(transformer: nn.Module) -> None:
-    """Let the blocks of a `QwenImageTransformer2DModel` take packs too. Nothing else about them changes."""
+    """Let the blocks of a `QwenImageTransformer2DModel` take a layout too. Nothing else about them changes."""
     for block in transformer.transformer_blocks:
         if not isinstance(block, PackedBlock):
             block.__class__ = _packed(type(block))
@@ -47,40 +46,26 @@ def _packed(cls: type) -> type:
 
 
 def run_block(
-    block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rope: Tensor, mask: Mask, attend: Attend, *, layout: Packed
+    block: nn.Module, image: Tensor, text: Tensor, temb: Tensor, rope: Tensor, mask: Mask, attend: Attend, *, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """image (1, N, C), text (1, T, C) -> the same after this block.
+    """image (B, N, C), text (B, T, C) -> the same after this block; B is 1 in a pack.
 
-    temb (R, C): a row per document, then, for checkpoints that modulate references as clean pictures, a row per document at
-    t = 0; `layout.image` says which one a token takes. rope (L, D / 2) complex, in the order of `layout.join`.
+    temb (R, C): a row per document (of a batch, per sample), then, for checkpoints that modulate references as clean pictures,
+    a row per document at t = 0; `layout.image` says which one a token takes. rope (L, D / 2) complex, in the order of
+    `layout.join`.
     """
     shift, scale, gate, shift2, scale2, gate2 = block.img_mod(temb).chunk(6, dim=1)
     text_parameters = block.txt_mod(temb[: layout.n_documents])
     text_shift, text_scale, text_gate, text_shift2, text_scale2, text_gate2 = text_parameters.chunk(6, dim=1)
-    image_in = layout.image.modulate(block.img_norm1(image), scale, shift)
-    text_in = layout.text.modulate(block.txt_norm1(text), text_scale, text_shift)
-    image_out, text_out = _attention(block.attn, image_in, text_in, rope, mask, attend, layout)
+    image_in = layout.image.normed(block.img_norm1, image, scale, shift)
+    text_in = layout.text.normed(block.txt_norm1, text, text_scale, text_shift)
+    image_out, text_out = joint_attention(block.attn, image_in, text_in, rope, mask, attend, layout)
 
-    image = layout.image.gated(image, gate, image_out)
-    inner = block.img_mlp(layout.image.modulate(block.img_norm2(image), scale2, shift2))
-    image = layout.image.gated(image, gate2, inner)
+    image, inner = layout.image.gated_normed(block.img_norm2, image, gate, image_out, scale2, shift2)
+    image = layout.image.gated(image, gate2, block.img_mlp(inner), clamp=True)
 
-    text = layout.text.gated(text, text_gate, text_out)
-    inner = block.txt_mlp(layout.text.modulate(block.txt_norm2(text), text_scale2, text_shift2))
-    text = layout.text.gated(text, text_gate2, inner)
-    return _clamp_fp16(image), _clamp_fp16(text)
-
-
-def _attention(
-    attn: nn.Module, image: Tensor, text: Tensor, rope: Tensor, mask: Mask, attend: Attend, layout: Packed
-) -> tuple[Tensor, Tensor]:
-    q, k, v = (layout.join(*pair) for pair in zip(*project_heads(attn, text, image), strict=True))
-    # Under autocast the norms answer in fp32 where the projections give the low precision.
-    q, k = (rotate(x, rope).to(v.dtype) for x in (q, k))
-    text_out, image_out = layout.part(attend(q, k, v, mask).flatten(2), text.shape[1])
-    for layer in attn.to_out:  # projection, then a dropout that is the identity outside training
-        image_out = layer(image_out)
-    return image_out, attn.to_add_out(text_out)
+    text, inner = layout.text.gated_normed(block.txt_norm2, text, text_gate, text_out, text_scale2, text_shift2)
+    return image, layout.text.gated(text, text_gate2, block.txt_mlp(inner), clamp=True)
 
 
 def pack_rope(
@@ -111,7 +96,3 @@ def image_spans(grids: Sequence[Sequence[Grid]], padding: int, *, clean_referenc
         lengths += [target, sum(references)]
         rows += [number, number + len(grids) if clean_references else number]
     return Spans((*lengths, padding), (*rows, None))
-
-
-def _clamp_fp16(x: Tensor) -> Tensor:
-    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x

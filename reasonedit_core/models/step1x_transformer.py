@@ -3,7 +3,9 @@
 B batch, N image tokens (target, then references), T text tokens, L = T + N, C width, H heads, D head dim.
 
 Text stands first in every joint sequence. Step-independent work can be done once and handed in: `prepare_text` for
-the prompt, `rope` for the positions. Attention goes through `kernels.attention`; a mask given here is never dropped.
+the prompt, `rope` for the positions. Attention goes through `kernels.attention`; a mask given here is never dropped. What
+stands between the matrix products are the fused ops of `kernels` where a kernel computes them, which differ from the released
+numerics by rounding only; elsewhere it rounds where the release does.
 """
 
 from __future__ import annotations
@@ -22,15 +24,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels import Mask, attention
+from ..kernels import Heads, Mask, attention, has_kernel, qk_norm_rope
 from ..kernels.dispatch import Run
 from .connector import Attend, ConnectorState, Step1XConnector
-from .streams import BATCH, Layout
+from .halves import project_halves
+from .streams import BATCH, SAMPLES, Layout, Packed, last_norm
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin in fp32, each (L, D) or (B, L, D), every angle written twice (pairs are interleaved)."""
-
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,21 @@ class SingleAttention(nn.Module):
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
 
+    def split(self, x: Tensor) -> Heads:
+        """(B, L, C) -> q, k, v, each (B, L, H, D), before the norms."""
+        parts = (_split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return Heads(*parts, self.norm_q.weight, self.norm_k.weight)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, C) -> q, k, v, each (B, L, H, D)."""
-        q, k, v = (_split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k, v, *_ = self.split(x)
         return self.norm_q(q), self.norm_k(k), v
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend) -> Tensor:
         """(B, L, C) -> (B, L, C), without an output projection."""
-        q, k, v = self.project(x)
-        return _attend(q, k, v, rope, mask, attend)
+        if has_kernel("qk_norm_rope", x):
+            return attend(*qk_norm_rope(self.split(x), rope, eps=self.norm_q.eps), mask).flatten(2)
+        return _attend(*self.project(x), rope, mask, attend)
 
 
 class JointAttention(SingleAttention):
@@ -95,19 +102,27 @@ class JointAttention(SingleAttention):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
 
+    def split_text(self, text: Tensor) -> Heads:
+        """(B, T, C) -> q, k, v, each (B, T, H, D), before the norms."""
+        parts = (_split_heads(layer(text), self.heads) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        return Heads(*parts, self.norm_added_q.weight, self.norm_added_k.weight)
+
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) -> q, k, v, each (B, T, H, D)."""
-        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        q, k, v = (_split_heads(layer(text), self.heads) for layer in layers)
+        q, k, v, *_ = self.split_text(text)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(  # type: ignore[override]
         self, image: Tensor, text: Tensor, rope: Rope, mask: Mask, attend: Attend, layout: Layout = BATCH
     ) -> tuple[Tensor, Tensor]:
         """image (B, N, C), text (B, T, C) -> their projected attention outputs."""
-        pairs = zip(self.project_text(text), self.project(image), strict=True)
-        q, k, v = (layout.join(*pair) for pair in pairs)
-        text_out, image_out = layout.part(_attend(q, k, v, rope, mask, attend), text.shape[1])
+        if isinstance(layout, Packed) or not has_kernel("qk_norm_rope", image):
+            pairs = zip(self.project_text(text), self.project(image), strict=True)
+            attended = _attend(*(layout.join(*pair) for pair in pairs), rope, mask, attend)
+        else:
+            joint = qk_norm_rope(self.split(image), rope, text=self.split_text(text), eps=self.norm_q.eps)
+            attended = attend(*joint, mask).flatten(2)
+        text_out, image_out = layout.part(attended, text.shape[1])
         return self.to_out[0](image_out), self.to_add_out(text_out)
 
 
@@ -130,17 +145,16 @@ class DoubleBlock(nn.Module):
         """image (B, N, C), text (B, T, C), temb (B, C) -> image, text. In a pack B is 1, and temb has a row per document."""
         shift, scale, gate, shift2, scale2, gate2 = _modulation(self.norm1, temb, 6)
         text_shift, text_scale, text_gate, text_shift2, text_scale2, text_gate2 = _modulation(self.norm1_context, temb, 6)
-        image_in = layout.image.modulate(self.norm1.norm(image), scale, shift)
-        text_in = layout.text.modulate(self.norm1_context.norm(text), text_scale, text_shift)
+        image_in = layout.image.normed(self.norm1.norm, image, scale, shift)
+        text_in = layout.text.normed(self.norm1_context.norm, text, text_scale, text_shift)
         image_out, text_out = self.attn(image_in, text_in, rope, mask, attend, layout)
 
-        image = layout.image.gated(image, gate, image_out)
-        inner = self.ff(layout.image.modulate(self.norm2(image), scale2, shift2))
-        image = layout.image.gated(image, gate2, inner)
+        image, inner = layout.image.gated_normed(self.norm2, image, gate, image_out, scale2, shift2)
+        image = layout.image.gated(image, gate2, self.ff(inner))
 
-        text = layout.text.gated(text, text_gate, text_out)
-        inner = self.ff_context(layout.text.modulate(self.norm2_context(text), text_scale2, text_shift2))
-        return image, _clamp_fp16(layout.text.gated(text, text_gate2, inner))
+        text, inner = layout.text.gated_normed(self.norm2_context, text, text_gate, text_out, text_scale2, text_shift2)
+        # Here and in the single blocks the released code clamps in fp16: an overflow would become inf and then NaN.
+        return image, layout.text.gated(text, text_gate2, self.ff_context(inner), clamp=True)
 
 
 class SingleBlock(nn.Module):
@@ -156,10 +170,10 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor, rope: Rope, mask: Mask, attend: Attend, layout: Layout = BATCH) -> Tensor:
         """x (B, L, C), temb (B, C) -> (B, L, C). In a pack B is 1, and temb has a row per document."""
         shift, scale, gate = _modulation(self.norm, temb, 3)
-        normed = layout.joint.modulate(self.norm.norm(x), scale, shift)
-        inner = nn.functional.gelu(self.proj_mlp(normed), approximate="tanh")
+        normed = layout.joint.normed(self.norm.norm, x, scale, shift)
         attended = self.attn(normed, rope, mask, attend)
-        return _clamp_fp16(layout.joint.gated(x, gate, self.proj_out(torch.cat([attended, inner], dim=-1))))
+        change = project_halves(self.proj_out, attended, self.proj_mlp(normed))
+        return layout.joint.gated(x, gate, change, clamp=True)
 
 
 class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -291,7 +305,7 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         joint = torch.cat([text, image], dim=1)
         for block in self.single_transformer_blocks:
             joint = self._run(block, joint, temb, rope, joint_mask, attend)
-        return self.proj_out(self.norm_out(joint[:, text.shape[1] :], temb))
+        return self.proj_out(last_norm(self.norm_out, joint[:, text.shape[1] :], temb, SAMPLES))
 
     def _run(self, block: nn.Module, *args: object) -> Tensor | tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -360,7 +374,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Mask, attend: Attend) -> Tensor:
     # Under autocast the norms answer in fp32 where the projections give the low precision.
     q, k = (apply_rope(x, rope).to(v.dtype) for x in (q, k))
-    return rearrange(attend(q, k, v, mask), "b l h d -> b l (h d)")
+    return attend(q, k, v, mask).flatten(2)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -370,11 +384,6 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 def _modulation(norm: AdaLayerNormZero | AdaLayerNormZeroSingle, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """temb (B, C) -> shift, scale and gate, once or twice, each (B, C)."""
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
-
-
-def _clamp_fp16(x: Tensor) -> Tensor:
-    """In fp16 an overflow would become inf and then NaN; the released code clamps at the same two places."""
-    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
 
 def _check_sizes(

@@ -6,8 +6,10 @@ A block is written once. What differs between a batch and a pack is which modula
 in the joint sequence: in a batch each sample has one modulation and text stands first; in a pack (B = 1) modulation is
 computed once per document, and documents stand one after the other, each with its text first.
 
-Tokens are taken apart by the documents' lengths and put together again. A gather by document number would do the same, but
-it keeps a modulation per token for the backward pass and sums the gradients of a modulation in the weights' dtype.
+Modulation of a batch is the fused op `gate_norm_modulate` where a kernel computes it; elsewhere it rounds where the released
+code rounds. Tokens of a pack are taken apart by the documents' lengths and put together again. A gather by document number
+would do the same, but it keeps a modulation per token for the backward pass and sums the gradients of a modulation in the
+weights' dtype.
 """
 
 from __future__ import annotations
@@ -18,20 +20,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels import gate_norm_modulate, has_kernel
 from ..packing import PADDING, PackMask
 
+FP16_MAX = 65504.0
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """Modulation of a batch: x (B, L, C), one row of scale, shift and gate (B, C) per sample."""
+    """Modulation of a batch: x (B, L, C), scale, shift and gate (R, C).
+
+    rows (B, L) int: the row that each token takes, where a sample has more than one; None: R is B or 1.
+    """
+
+    rows: Tensor | None = None
 
     def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x (1 + scale) + shift."""
-        return x * (1 + scale[:, None]) + shift[:, None]
+        return x * (1 + self._per_token(scale)) + self._per_token(shift)
 
-    def gated(self, x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
-        """x + gate change."""
-        return x + gate[:, None] * change
+    def normed(self, norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """norm(x) (1 + scale) + shift; norm has no weights of its own."""
+        if has_kernel("gate_norm_modulate", x):
+            return gate_norm_modulate(x, scale=scale, shift=shift, rows=self.rows, eps=norm.eps)[1]
+        return self.modulate(norm(x), scale, shift)
+
+    def gated_normed(
+        self, norm: nn.LayerNorm, x: Tensor, gate: Tensor, change: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x + gate change, and its `normed`."""
+        if has_kernel("gate_norm_modulate", x):
+            return gate_norm_modulate(x, change, gate, scale, shift, rows=self.rows, eps=norm.eps)
+        x = self.gated(x, gate, change)
+        return x, self.normed(norm, x, scale, shift)
+
+    def gated(self, x: Tensor, gate: Tensor, change: Tensor, *, clamp: bool = False) -> Tensor:
+        """x + gate change; with clamp an fp16 overflow stays a number. One sample meets as many rows of gate as there are."""
+        if not has_kernel("gate_norm_modulate", x):
+            return _clamped(x + self._per_token(gate) * change, clamp)
+        if self.rows is None and len(gate) > len(x):
+            x, change = (z.expand(len(gate), -1, -1) for z in (x, change))
+        return gate_norm_modulate(x, change, gate, rows=self.rows, clamp=clamp)[0]
+
+    def _per_token(self, table: Tensor) -> Tensor:
+        """(R, C) as it meets tokens (B, L, C)."""
+        return table[:, None] if self.rows is None else table[self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +83,25 @@ class Spans:
         parts = zip(x.split(self.lengths, dim=1), self.rows, strict=True)
         return glue([part if row is None else part * (1 + scale[row]) + shift[row] for part, row in parts])
 
-    def gated(self, x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
-        """x + gate change, with the row of each token's span."""
+    def normed(self, norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """norm(x), modulated."""
+        return self.modulate(norm(x), scale, shift)
+
+    def gated_normed(
+        self, norm: nn.LayerNorm, x: Tensor, gate: Tensor, change: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x + gate change, and its `normed`."""
+        x = self.gated(x, gate, change)
+        return x, self.normed(norm, x, scale, shift)
+
+    def gated(self, x: Tensor, gate: Tensor, change: Tensor, *, clamp: bool = False) -> Tensor:
+        """x + gate change, with the row of each token's span; clamp: see `Samples`."""
         parts = zip(x.split(self.lengths, dim=1), change.split(self.lengths, dim=1), self.rows, strict=True)
-        return glue([part if row is None else part + gate[row] * added for part, added, row in parts])
+        return _clamped(glue([part if row is None else part + gate[row] * added for part, added, row in parts]), clamp)
+
+
+def _clamped(x: Tensor, clamp: bool) -> Tensor:
+    return x.clamp(-FP16_MAX, FP16_MAX) if clamp and x.dtype == torch.float16 else x
 
 
 Modulated = Samples | Spans
@@ -61,10 +109,14 @@ Modulated = Samples | Spans
 SAMPLES = Samples()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """B samples: text (B, T, C), pictures (B, N, C), joint (B, L, C) with text first."""
+    """B samples: text (B, T, C), pictures (B, N, C), joint (B, L, C) with text first.
 
+    n_documents: B, where the pictures have further rows of modulation behind those of the samples; None: they have none.
+    """
+
+    n_documents: int | None = None
     text: Samples = SAMPLES
     image: Samples = SAMPLES
     joint: Samples = SAMPLES
@@ -74,8 +126,8 @@ class Batch:
         return torch.cat([text, image], dim=1)
 
     def part(self, joint: Tensor, n_text: int) -> tuple[Tensor, Tensor]:
-        """(B, L, ...) -> (B, T, ...), (B, N, ...)."""
-        return joint[:, :n_text], joint[:, n_text:]
+        """(B, L, ...) -> (B, T, ...), (B, N, ...), dense: a Linear would copy them anyway and add its bias in another pass."""
+        return joint[:, :n_text].contiguous(), joint[:, n_text:].contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +215,6 @@ def glue(parts: Sequence[Tensor]) -> Tensor:
 
 
 def last_norm(norm: nn.Module, x: Tensor, temb: Tensor, spans: Modulated) -> Tensor:
-    """diffusers' `AdaLayerNormContinuous` on a packed stream: x (1, N, C), temb (R, C)."""
+    """diffusers' `AdaLayerNormContinuous` on a stream: x (B, N, C), temb (R, C)."""
     scale, shift = norm.linear(norm.silu(temb).to(x.dtype)).chunk(2, dim=1)
-    return spans.modulate(norm.norm(x), scale, shift)
+    return spans.normed(norm.norm, x, scale, shift)
