@@ -11,16 +11,14 @@ from ...reasonedit_core.errors import ConfigError
 from ...reasonedit_core.files import write_whole
 from ...reasonedit_core.mini.models import MINIS
 from ...reasonedit_core.weightfiles import read_shapes
-from ..config_file import read_snapshot
 from ..log import LOG, read_log
-from ..stages import plan_stages
 from .books import BOOK_FILE
 
 CARD = "README.md"
 
 _PARTS = {"text_encoder": "MLLM", "transformer": "DiT and connector", "vae": "VAE"}
 _OF = {"mini-s": "Step1X-Edit v1.2", "mini-q": "Qwen-Image-Edit-2509"}
-_BASES = {"words": "base MLLM", "base": "base editor"}
+_BASES = {"words": "base MLLM", "scenes": "base MLLM, second run", "base": "base editor"}
 _TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 
 _HEAD = """---
@@ -43,7 +41,7 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
     reasonedit-train mini --system {name} --out DIR
 
-Starting the command again goes on where it was. The recipes are `training/mini/recipes/words.toml` (base MLLM),
+Starting the command again goes on where it was. The recipes are `training/mini/recipes/words.toml` and `scenes.toml` (base MLLM),
 `base.toml` (base editor) and `{recipe}.toml` (the three stages)."""
 
 _MEASURED = """## Measured
@@ -99,11 +97,10 @@ def _records(out: Path) -> str:
 def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
-    for run in ("words", f"{system}-base", system):
-        config = read_snapshot(out / "runs" / run)
-        for plan in plan_stages(config):
-            stage = out / "runs" / run / plan.folder
-            rows.append(_row(_BASES.get(plan.stage.name, plan.stage.name), stage, _losses(stage)))
+    for run in ("words", "scenes", f"{system}-base", system):
+        for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
+            name = log.parent.name.partition("-")[2]
+            rows.append(_row(_BASES.get(name, name), log.parent, _losses(log.parent)))
     return grid(["stage", "steps", "minutes", "on", "held-out"], rows)
 
 

@@ -4,7 +4,7 @@
     DIR/blank/NAME            random weights in the released layout, for the vocabulary and the shapes
     DIR/records/BOOK          the drawn records, a book for each purpose (`books.py`)
     DIR/vae/NAME              the trained autoencoder
-    DIR/runs/words            the base MLLM, from random weights; both miniatures start from it
+    DIR/runs/words, scenes    the base MLLM, from random weights, in two runs; both miniatures start from it
     DIR/bare/NAME             the released layout with trained autoencoder and base MLLM, and a random DiT
     DIR/runs/NAME-base        the base editor
     DIR/start/NAME            the same with the base editor: what the paper's stages start from
@@ -45,6 +45,9 @@ SEED = 0
 
 WORDS = "words"
 """The recipe, and the run, of the base MLLM."""
+
+SCENES = "scenes"
+"""The recipe, and the run, in which it goes on."""
 
 WORDS_SYSTEM = "mini-s"
 """Whose blank checkpoint it is trained in; the MLLM is the same in both."""
@@ -111,6 +114,7 @@ class Chain:
             "records": self._records,
             "vae": self._vae,
             "words": self._words,
+            "scenes": self._scenes,
             "base": self._base,
             "start": self._start,
             "stages": self._stages,
@@ -177,22 +181,29 @@ class Chain:
     def _words(self) -> int:
         return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / WORDS_SYSTEM)
 
+    def _scenes(self) -> int:
+        place = self.out / "begun"
+        if not (place / _SETTINGS).is_file():
+            _whole(place, lambda part: self._put_together(part, WORDS_SYSTEM, WORDS))
+        return self._recipe_run(SCENES, self.out / "runs" / SCENES, weights=place)
+
     def _base(self) -> int:
         place = self.out / "bare" / self.system
         if not (place / _SETTINGS).is_file():
-            _whole(place, self._put_together)
+            _whole(place, lambda part: self._put_together(part, self.system, SCENES, self.out / "vae" / self.system))
         return self._recipe_run(BASE, self._edits_plainly.parent, place, (f'model.system="{MINIS[self.system]}"',))
 
-    def _put_together(self, part: Path) -> None:
-        """Blank, with the trained MLLM and autoencoder in their places."""
-        trained = self.out / "runs" / WORDS / f"{WORDS}_merged" / "text_encoder"
-        shutil.copytree(self.out / "blank" / self.system, part)
+    def _put_together(self, part: Path, system: str, run: str, vae: Path | None = None) -> None:
+        """The blank checkpoint of a system, with the MLLM that a run left, and a trained autoencoder, in their places."""
+        trained = self.out / "runs" / run / f"{run}_merged" / "text_encoder"
+        shutil.copytree(self.out / "blank" / system, part)
         for old in (part / "text_encoder").glob("*.safetensors*"):
             old.unlink()
         for new in trained.glob("*.safetensors*"):
             shutil.copy2(new, part / "text_encoder" / new.name)
-        shutil.rmtree(part / "vae")
-        shutil.copytree(self.out / "vae" / self.system, part / "vae", ignore=shutil.ignore_patterns("report.json"))
+        if vae is not None:
+            shutil.rmtree(part / "vae")
+            shutil.copytree(vae, part / "vae", ignore=shutil.ignore_patterns("report.json"))
 
     def _start(self) -> int:
         from .finish import write_finished
