@@ -1,4 +1,4 @@
-"""The command `reasonedit`: edit, demo, doctor, download, dialogue import.
+"""The command `reasonedit`: edit, demo, doctor, bench, download, dialogue import.
 
 Exit codes: 0 done; 1 `doctor` found a problem; 2 an error, told in a sentence or two; 3 `download` has the weights but no
 dialogue pack; 130 stopped by Ctrl-C. Heavy libraries are imported inside the commands, so that `--help` answers at once.
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="reasonedit", description="Edit pictures by thinking, editing, reflecting and trying again.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_edit, _add_demo, _add_doctor, _add_download, _add_dialogue):
+    for add in (_add_edit, _add_demo, _add_doctor, _add_bench, _add_download, _add_dialogue):
         add(commands)
     return parser
 
@@ -203,6 +203,14 @@ def run_doctor(args: argparse.Namespace) -> int:
     findings = examine(args.weights)
     print(render(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`reasonedit bench`."""
+    from .bench.command import run
+
+    run(args, tell=lambda line: print(line, flush=True), say=(lambda text: None) if args.quiet else say)
+    return 0
 
 
 def run_download(args: argparse.Namespace) -> int:
@@ -331,6 +339,14 @@ def _add_doctor(commands) -> None:
     parser = commands.add_parser("doctor", help="say what is installed, what would run, and what is broken")
     _add_common(parser, run_doctor)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="also look into this checkpoint folder")
+
+
+def _add_bench(commands) -> None:
+    from .bench.options import add_options
+
+    parser = commands.add_parser("bench", help="count and time the work, beside the released code where it is at hand")
+    _add_common(parser, run_bench)
+    add_options(parser, whole)
 
 
 def _add_download(commands) -> None:

@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # A module imports what stands in a line above its own, or its own room. A module that is in no line fails the test.
 ORDER = (
     {"types", "errors"},
-    {"interfaces", "files", "packing"},
+    {"counting", "frames", "interfaces", "files", "packing"},
     {"dialogue", "kernels", "flow", "images", "latents", "offload", "settings", "sheet", "sizes", "weightfiles"},
     {"detect", "fp8", "keymaps"},
     {"lora_keys", "mini", "parts"},
@@ -35,6 +35,7 @@ ORDER = (
     {"load"},
     {"run"},
     {"demo", "demo_random", "doctor", "download"},
+    {"bench"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

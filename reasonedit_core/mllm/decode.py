@@ -88,9 +88,12 @@ class KVCache:
         return mask
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, cache_kwargs: object = None
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, cache_kwargs: object = None, **more: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, H, T, D) of one layer; returns what the rows hold, (B, H, end, D)."""
+        """Write (B, H, T, D) of one layer; returns what the rows hold, (B, H, end, D).
+
+        cache_kwargs, more: what transformers' own caches are told besides (`kwargs` since 5.24); not needed here.
+        """
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
             if len(self._rows) == 1:
                 self._view(store)[:, :, -new.shape[2] :] = new

@@ -218,9 +218,9 @@ class _Collector:
         self._cache, self._rows, self._count = cache, slice(first, first + count), count
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, cache_kwargs: object = None
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, cache_kwargs: object = None, **more: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep (B, H, P, D) of one layer; the pass itself goes on with them."""
+        """Keep (B, H, P, D) of one layer; the pass itself goes on with them. cache_kwargs, more: as in `KVCache.update`."""
         length = key.shape[2]
         self._cache.keys[layer][self._rows, :, :length] = key[: self._count]
         self._cache.values[layer][self._rows, :, :length] = value[: self._count]

@@ -1,0 +1,259 @@
+"""Timed arms in groups. A group's arms share weights and pictures, run in turn, and are compared with one of them.
+
+The small groups need no card: whole edits of both systems and a reflection, on small random weights in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .clock import TOTAL, interleave, summary
+from .peers import EDITPLUS, REASONER, REGIONE, STEP1X, Peers, Place
+from .worker import ArmFailed, Worker
+
+OURS = "ours, full path"
+STOCK = "stock generate, five questions in a row"
+NO_REGION = "region-aware denoising (denoisers/region.py), which does not exist yet"
+NO_CUDA = "no CUDA device"
+REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
+
+LEVEL = 256
+REGION_SHARE = 0.25
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How arms are timed. tokens: of each answer of a reflection."""
+
+    rounds: int = 5
+    warmup: int = 1
+    steps: int = 8
+    tokens: int = 32
+    threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def runs(self) -> int:
+        """Runs of each arm."""
+        return self.rounds + self.warmup
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One contender. module: below the package's root, see `worker`. missing: why it cannot run, in words."""
+
+    name: str
+    module: str = ""
+    job: Mapping[str, Any] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
+
+    @property
+    def missing(self) -> str | None:
+        """What it lacks."""
+        return self.place.missing
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Arms that are compared. baselines: names, the first that runs is what ratios refer to."""
+
+    name: str
+    arms: tuple[Arm, ...]
+    baselines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Results: `timed` and `not_run` of the JSON."""
+
+    timed: tuple[dict[str, Any], ...] = ()
+    not_run: tuple[dict[str, str], ...] = ()
+
+
+def lacking(name: str, what: str) -> Arm:
+    """An arm that cannot run."""
+    return Arm(name, place=Place(missing=what))
+
+
+# ---- running -------------------------------------------------------------------------------------------------------------
+
+
+def run_group(group: Group, options: Options, tell: Tell = lambda text: None) -> Found:
+    """Start the group's arms, run them in turn, compare. An arm that fails is left out and told, the others go on."""
+    missing = {arm.name: arm.missing for arm in group.arms if arm.missing}
+    workers: dict[str, Worker] = {}
+    try:
+        for arm in group.arms:
+            if arm.missing:
+                continue
+            tell(f"{group.name}: loading {arm.name}")
+            worker = Worker(arm.module, arm.job, python=arm.place.python, paths=arm.place.paths)
+            try:
+                worker.ready()
+            except ArmFailed as error:
+                missing[arm.name] = str(error)
+                worker.close()
+                continue
+            workers[arm.name] = worker
+        runs = _interleaved(workers, missing, options, tell, group.name)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    baseline = next((name for name in group.baselines if name in runs), None)
+    timed = _entries(group, runs, baseline)
+    return Found(tuple(timed), tuple({"group": group.name, "arm": name, "missing": why} for name, why in missing.items()))
+
+
+def _interleaved(
+    workers: dict[str, Worker], missing: dict[str, str], options: Options, tell: Tell, name: str
+) -> dict[str, list[Mapping[str, float]]]:
+    while workers:
+        tell(f"{name}: running {len(workers)} arms in turn")
+        failed: list[str] = []
+
+        def runner(arm: str, worker: Worker, failed: list[str] = failed) -> Callable[[int], Mapping[str, float]]:
+            def run(number: int) -> Mapping[str, float]:
+                try:
+                    return worker.run(number)
+                except ArmFailed as error:
+                    missing[arm] = str(error)
+                    failed.append(arm)
+                    raise
+
+            return run
+
+        try:
+            arms = {arm: runner(arm, worker) for arm, worker in workers.items()}
+            return interleave(arms, options.rounds, options.warmup)
+        except ArmFailed:
+            for arm in failed:
+                workers.pop(arm).close()
+    return {}
+
+
+def _entries(
+    group: Group, runs: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None
+) -> list[dict[str, Any]]:
+    jobs = {arm.name: arm.job for arm in group.arms}
+    entries = []
+    for (arm, part), timing in summary(runs, baseline).items():
+        entry: dict[str, Any] = {
+            "group": group.name,
+            "arm": arm,
+            "part": part,
+            "median": timing.median,
+            "spread": timing.spread,
+            "ratio": timing.ratio,
+            "baseline": baseline,
+            "times": list(timing.times),
+        }
+        if part == TOTAL and baseline and arm != baseline and "out" in jobs[arm] and "out" in jobs[baseline]:
+            entry["difference"] = picture_difference(jobs[arm]["out"], jobs[baseline]["out"])
+        entries.append(entry)
+    return entries
+
+
+def picture_difference(folder: str, other: str) -> float | None:
+    """Mean difference, of 255, between the last pictures of two arms; None where they have not the same names and sizes."""
+    import numpy as np
+    from PIL import Image
+
+    names = [{path.name for path in Path(place).glob("*.png")} for place in (folder, other)]
+    shared = sorted(names[0] & names[1])
+    if not shared:
+        return None
+    one, two = (np.asarray(Image.open(Path(place) / shared[-1]).convert("RGB"), dtype=float) for place in (folder, other))
+    return None if one.shape != two.shape else float(np.abs(one - two).mean())
+
+
+# ---- the small groups ----------------------------------------------------------------------------------------------------
+
+
+def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
+    """Edits of ReasonEdit-S and -Q and a reflection. folder: where checkpoints and pictures are written."""
+    from .small import INSTRUCTION, write_checkpoint, write_pictures
+
+    common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
+    pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
+
+    def job(name: str, system: str, weights: Path, **more: Any) -> dict[str, Any]:
+        out = folder / "out" / name
+        out.mkdir(parents=True)
+        given = {"system": system, "folder": str(weights), "pictures": pictures, "out": str(out)}
+        return {**common, **given, "steps": options.steps, "level": LEVEL, **more}
+
+    s = write_checkpoint("step1x-v1p2", folder / "s")
+    q = write_checkpoint("qwen-edit-plus", folder / "q")
+    mllm = write_checkpoint("qwen2.5-vl", folder / "mllm")
+    return [
+        edit_group_s(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, **more), peers, "small"),
+        edit_group_q(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, **more), peers, "small"),
+        reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
+    ]
+
+
+def edit_group_s(job: Callable[..., dict[str, Any]], peers: Peers, size: str) -> Group:
+    """Whole edits of ReasonEdit-S against the released pipeline. job: (name of the arm's folder, more) -> a job."""
+    how = {"arm": "edit", "guidance": 6.0}
+    released = {**how, **released_words()}
+    device = job("probe")["device"]
+    regione = peers.regione()
+    if device == "cpu" and not regione.missing:
+        regione = Place(missing=f"{NO_CUDA} (RegionE's linear layers are Triton kernels)")
+    peer_job = job("regione", **released, regione=True, edited=REGION_SHARE, steps=28)  # it knows no other number of steps
+    arms = [
+        Arm(STEP1X, "reasonedit_core.bench.peer_step1x", job("released", **released), peers.step1x()),
+        Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
+        Arm(REGIONE, "reasonedit_core.bench.peer_step1x", peer_job, regione),
+        *(lacking(name, NO_REGION) for name in REGION_ARMS),
+    ]
+    return Group(f"edit, ReasonEdit-S, {size}", tuple(arms), (STEP1X, OURS))
+
+
+def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) -> Group:
+    """Whole edits of ReasonEdit-Q against diffusers' EditPlus."""
+    how = {"arm": "edit", "guidance": 4.0}
+    arms = (
+        Arm(EDITPLUS, "reasonedit_core.bench.peer_editplus", job("editplus", **how), peers.editplus()),
+        Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
+    )
+    return Group(f"edit, ReasonEdit-Q, {size}", arms, (EDITPLUS, OURS))
+
+
+def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
+    """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate."""
+    from .script import one_round
+
+    replies = {task: texts[0] for task, texts in one_round(1).items()}
+    module = "reasonedit_core.bench.peer_reflect"
+    arms = (
+        Arm(REASONER, module, {**job, "arm": "released", "replies": replies}, peers.step1x()),
+        Arm(STOCK, module, {**job, "arm": "stock", "questions": questions()}),
+        Arm("ours", "reasonedit_core.bench.arms", {**job, "arm": "reflect"}),
+    )
+    return Group(f"reflection, {size}", arms, (REASONER, STOCK, "ours"))
+
+
+def released_words() -> dict[str, Any]:
+    """Our own prefix, for the released pipeline, so that all arms read equally many words."""
+    from ..dialogue.prompts import load_pack
+    from .small import DROPPED
+
+    return {"prefix": load_pack("en").conditioning_for("v1.2").prefix, "dropped": DROPPED}
+
+
+def questions() -> dict[str, dict[str, Any]]:
+    """The five questions of a reflection in our wording: system text, parts of the user's turn, names of the pictures."""
+    from ..dialogue.prompts import load_pack, render
+    from .small import INSTRUCTION
+
+    tasks = ("describe", "score", "reflect_paired", "edit_score_paired", "quality_score")
+    values = {"instruction": INSTRUCTION, "target": "A red cube.", "score": 8.0, "reason": "so it looks"}
+    names: Any = {"source": "source", "result": "result"}  # stand in for the pictures
+    made = [render(load_pack("en"), task, "en", names, values) for task in tasks]
+    return {query.task: {"system": query.system, "parts": query.parts, "images": query.images} for query in made}
