@@ -212,6 +212,8 @@ def test_every_data_file_of_a_package_is_listed():
     for path in (path for room in ROOMS for path in (ROOT / room).rglob("*")):
         if not path.is_file() or path.suffix in (".py", ".pyc") or path.name.startswith("."):
             continue
+        if path.is_relative_to(ROOT / "training/mini/links"):  # for those who work on a checkout
+            continue
         fits = False
         for package, patterns in listed.items():
             folder = ROOT.joinpath(*package.split(".")[1:])
