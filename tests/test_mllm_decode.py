@@ -13,7 +13,7 @@ from PIL import Image
 from reasonedit.reasonedit_core.errors import ConfigError, Interrupted, ReasonerError
 from reasonedit.reasonedit_core.interfaces import Query
 from reasonedit.reasonedit_core.mllm import decode
-from reasonedit.reasonedit_core.mllm.decode import KVCache, generate, penalise, pick
+from reasonedit.reasonedit_core.mllm.decode import KVCache, cache_argument, generate, penalise, pick
 from reasonedit.reasonedit_core.mllm.load import load_mllm
 from reasonedit.reasonedit_core.types import Counts
 from reasonedit.tests.tiny import tiny_checkpoint
@@ -265,3 +265,15 @@ def test_penalise_by_hand():
     logits = torch.tensor([2.0, -2.0, 3.0, -3.0])
     seen = torch.tensor([True, True, False, False])
     assert penalise(logits, seen, 2.0).tolist() == [1.0, -4.0, 3.0, -3.0]
+
+
+def test_the_cache_is_handed_over_by_the_name_that_this_transformers_gives_it():
+    class Older(torch.nn.Module):
+        def forward(self, inputs_embeds, past_key_values=None):
+            return None
+
+    class Newer(torch.nn.Module):
+        def forward(self, inputs_embeds, cache=None):
+            return None
+
+    assert (cache_argument(Older), cache_argument(Newer)) == ("past_key_values", "cache")

@@ -11,10 +11,12 @@ float32, enough to change a drawn token in 16 bits.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -354,15 +356,22 @@ def _forward(
 ) -> torch.Tensor:
     """(B, T, D) embeddings at (3, B, T) positions -> hidden states (B, T, D); counts: valid tokens per row."""
     mask = cache.aim(rows, embeds.shape[1])
-    output = language_model(mllm.model)(
+    model = language_model(mllm.model)
+    output = model(
         inputs_embeds=embeds,
         position_ids=positions.to(embeds.device),
         attention_mask=dict.fromkeys(MASKS, mask),
-        past_key_values=cache,
         use_cache=True,
+        **{cache_argument(type(model)): cache},
     )
     cache.advance(counts)
     return output.last_hidden_state
+
+
+@lru_cache
+def cache_argument(kind: type[torch.nn.Module]) -> str:
+    """What a language model of transformers calls its cache: `cache` since 5.24, where the older name only warns."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

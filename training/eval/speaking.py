@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ...reasonedit_core.errors import ConfigError, ReasonEditError
 from ...reasonedit_core.mllm.constrain import Reply
-from ...reasonedit_core.mllm.decode import MASKS, penalise, pick
+from ...reasonedit_core.mllm.decode import MASKS, cache_argument, penalise, pick
 from ...reasonedit_core.mllm.positions import next_position
 from ...reasonedit_core.mllm.qwen25vl import language_model
 from .batching import Eyes, padded, roof, slabs
@@ -259,8 +259,8 @@ class _Layers:
             inputs_embeds=torch.cat([padded(row.embeds, length, 1) for row in filled]),
             position_ids=torch.cat([padded(row.positions, length, 2) for row in filled], dim=1).to(self.device),
             attention_mask=dict.fromkeys(MASKS),
-            past_key_values=_Collector(cache, first, len(part)),
             use_cache=True,
+            **{cache_argument(type(self.model)): _Collector(cache, first, len(part))},
         )
         last = torch.tensor([row.length - 1 for row in filled], device=self.device)
         states = output.last_hidden_state[torch.arange(PREFILL_ROWS, device=self.device), last]
