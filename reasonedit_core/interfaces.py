@@ -119,8 +119,10 @@ class Denoiser(Protocol):
 
 
 class Codec(Protocol):
-    """The VAE with its normalisation. Pixels are (1, 3, h, w) in -1..1, latents (1, C, h/8, w/8) normalised (other autoencoders: h and w
-    over half of `patch`, the pixels of a latent token)."""
+    """The VAE with its normalisation. Pixels are (1, 3, h, w) in -1..1, latents (1, C, 2 h / patch, 2 w / patch) normalised.
+
+    patch: pixels of a latent token on each side, 16 in the released systems.
+    """
 
     patch: int
 

@@ -262,7 +262,7 @@ def test_gradients_on_kernels_are_those_of_the_plain_path(request):
     assert kernels.calls and all(grad is not None for grad in grads[0].values())
     for name, grad in grads[0].items():
         torch.testing.assert_close(
-            grads[1][name], grad, rtol=0, atol=1e-5 * max(1.0, grad.abs().max().item()), msg=lambda text: f"{name}: {text}"
+            grads[1][name], grad, rtol=0, atol=1e-5 * max(1.0, grad.abs().max().item()), msg=f"gradient of {name}"
         )
 
 

@@ -41,8 +41,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
     reasonedit-train mini --system {name} --out DIR
 
-Starting the command again goes on where it was. The recipes are `training/mini/recipes/words.toml` and `scenes.toml` (base MLLM),
-`base.toml` (base editor) and `{recipe}.toml` (the three stages)."""
+Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
+(base MLLM), `base.toml` (base editor) and `{recipe}.toml` (the three stages)."""
 
 _MEASURED = """## Measured
 

@@ -58,8 +58,9 @@ class VaeSettings(Table):
 
     crop: side of the crops in pixels, `batch` of them make a step; the last `whole` of the steps are on whole pictures, as
     many pixels each. noise: strongest noise on latents, drawn evenly from 0. objects: how much more a pixel of an object
-    counts than one of the ground, as most of a scene is ground. square: weight of the squared error beside the absolute one. moments: weight of the distance of each channel's mean from 0 and deviation from 1. checked: held-out scenes
-    that the result is measured on. device, save_every, check_every and checked may change when a run goes on.
+    counts than one of the ground, as most of a scene is ground. square: weight of the squared error beside the absolute one.
+    moments: weight of the distance of each channel's mean from 0 and deviation from 1. checked: held-out scenes that the
+    result is measured on. device, save_every, check_every and checked may change when a run goes on.
     """
 
     system: Literal["mini-s", "mini-q"]

@@ -73,11 +73,6 @@ class FlatQwen(nn.Module):
                     module.bias.mul_(math.sqrt(module.kernel_size[0]))
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same, channels together in memory: convolutions of few channels run up to twice as fast so on CPUs."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 @torch.no_grad()
 def _constant_half(conv: nn.Module, deviation: float) -> None:
     half = conv.weight.shape[0] // 2
