@@ -59,6 +59,7 @@ def test_links_that_were_made_elsewhere_are_taken_where_none_are(tmp_path, monke
     for name, text in (("tokenizer/vocab.json", "theirs"), ("vae/mini-s/config.json", "{}"), ("vae/mini-s/weights", "theirs")):
         (links / name).parent.mkdir(parents=True, exist_ok=True)
         (links / name).write_text(text)
+    (links / "README.md").write_text("about the links")
     (out / "tokenizer").mkdir(parents=True)
     (out / "tokenizer/vocab.json").write_text("ours")
     made = Chain("mini-s", out, links=links)
@@ -67,6 +68,7 @@ def test_links_that_were_made_elsewhere_are_taken_where_none_are(tmp_path, monke
     monkeypatch.setattr("reasonedit.training.mini.vae.train_vae", lambda *args: pytest.fail("the link is there"))
     assert made.make("vae") == 0
     assert (out / "tokenizer/vocab.json").read_text() == "ours" and (out / "vae/mini-s/weights").read_text() == "theirs"
+    assert not (out / "README.md").exists()
     with pytest.raises(ConfigError, match="expected links of a miniature"):
         Chain("mini-s", out, links=tmp_path / "nothing").make("vae")
 

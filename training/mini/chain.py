@@ -137,7 +137,7 @@ class Chain:
             return
         if not (self.links / "tokenizer" / "vocab.json").is_file():
             raise ConfigError(f"--links: expected links of a miniature (tokenizer, vae, runs) in {self.links}, found none.")
-        for file in sorted(path for path in self.links.rglob("*") if path.is_file()):
+        for file in sorted(path for path in self.links.glob("*/**/*") if path.is_file()):  # not what stands beside them
             place = self.out / file.relative_to(self.links)
             if not place.exists():
                 log.info("taken from %s: %s", self.links, file.relative_to(self.links))
