@@ -1,6 +1,7 @@
 """`reasonedit-train mini`: the recipes, and the whole way from nothing to a folder that loads, in very small."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from reasonedit.reasonedit_core.errors import ConfigError
 from reasonedit.training.config_file import make_config, read_recipe
 from reasonedit.training.mini import chain, finish
 from reasonedit.training.mini.card import write_card
-from reasonedit.training.mini.chain import BETWEEN, RECIPES, Chain
+from reasonedit.training.mini.chain import BETWEEN, REASONING, RECIPES, Chain
 from reasonedit.training.mini.finish import write_finished
 from reasonedit.training.stages import plan_stages
 
@@ -18,12 +19,20 @@ def test_recipes_are_sound(recipe, tmp_path):
     config = make_config(read_recipe(RECIPES / f"{recipe}.toml"), recipe, [f"run.out={tmp_path}"])
     plans = plan_stages(config)
     assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
+    if recipe == REASONING:
+        assert [(plan.stage.step, sorted(plan.stage.train)) for plan in plans] == [("reasoning", ["mllm_lora"])]
     if recipe.startswith("mini_"):
-        assert [plan.stage.name for plan in plans] == ["reasoning", "editing", "unified"]
+        assert [plan.stage.name for plan in plans] == ["editing", "unified"]
         assert list(BETWEEN) == [plan.stage.name for plan in plans[:-1]]
-        assert [sorted(plan.stage.train) for plan in plans] == [
-            ["mllm_lora"], ["connector", "dit"], ["connector", "dit", "mllm_lora"]
-        ]  # fmt: skip
+        assert [sorted(plan.stage.train) for plan in plans] == [["connector", "dit"], ["connector", "dit", "mllm_lora"]]
+        assert [config.place(Path(one)).resolve() for one in plans[0].stage.start] == [tmp_path.parent / REASONING]
+
+
+def test_the_lora_of_the_unified_stage_goes_on_with_that_of_the_first():
+    reasoning, *rest = (read_recipe(RECIPES / f"{name}.toml") for name in (REASONING, "mini_s", "mini_q"))
+    first = reasoning["stage"][0]["train"]["mllm_lora"]
+    for recipe in rest:
+        assert {**recipe["stage"][1]["train"]["mllm_lora"], "lr": first["lr"]} == first
 
 
 def test_both_miniatures_are_trained_alike():

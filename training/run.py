@@ -155,7 +155,7 @@ def starting_point(config: Config, plan: Plan) -> dict[str, Trained]:
     parts: dict[str, Trained] = {}
     for folder in folders:
         found = adapters.load(folder, base=_weights(config), pieces=pieces(config))
-        if found.system != config.model.system:
+        if found.system != config.model.system and any(one.part != MLLM for one in found.trained):  # both have the same MLLM
             raise ConfigError(
                 f"stage.{plan.stage.name}.start: expected something trained of {config.model.system}, found {folder} of "
                 f"{found.system}. Name another folder."

@@ -42,7 +42,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
     reasonedit-train mini --system {name} --out DIR
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
-(base MLLM), `base.toml` (base editor) and `{recipe}.toml` (the three stages)."""
+(base MLLM), `reasoning.toml` (the paper's first stage), `base.toml` (base editor) and `{recipe}.toml` (the second and the
+third stage)."""
 
 _MEASURED = """## Measured
 
@@ -97,7 +98,7 @@ def _records(out: Path) -> str:
 def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
-    for run in ("words", "scenes", f"{system}-base", system):
+    for run in ("words", "scenes", "reasoning", f"{system}-base", system):
         for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
             name = log.parent.name.partition("-")[2]
             rows.append(_row(_BASES.get(name, name), log.parent, _losses(log.parent)))

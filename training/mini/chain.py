@@ -5,10 +5,11 @@
     DIR/records/BOOK          the drawn records, a book for each purpose (`books.py`)
     DIR/vae/NAME              the trained autoencoder
     DIR/runs/words, scenes    the base MLLM, from random weights, in two runs; both miniatures start from it
+    DIR/runs/reasoning        the paper's first stage, on it; the MLLM is the same in both miniatures, so it is trained once
     DIR/bare/NAME             the released layout with trained autoencoder and base MLLM, and a random DiT
     DIR/runs/NAME-base        the base editor
     DIR/start/NAME            the same with the base editor: what the paper's stages start from
-    DIR/runs/NAME             the paper's three stages
+    DIR/runs/NAME             the paper's second and third stage, going on from the first
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
     DIR/compare/NAME/...      what only tables compare with: the checkpoints between the stages, and reflectors of other forms
 
@@ -49,8 +50,11 @@ WORDS = "words"
 SCENES = "scenes"
 """The recipe, and the run, in which it goes on."""
 
-WORDS_SYSTEM = "mini-s"
-"""Whose blank checkpoint it is trained in; the MLLM is the same in both."""
+MLLM_SYSTEM = "mini-s"
+"""Whose blank checkpoint the MLLM is trained in; it is the same in both."""
+
+REASONING = "reasoning"
+"""The recipe, and the run, of the first stage."""
 
 REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
@@ -58,7 +62,7 @@ REFLECTION = "reflection"
 BASE = "base"
 """The recipe of the base editor, and what tables call the checkpoint before the three stages."""
 
-BETWEEN = {"reasoning": "reason", "editing": "edit"}
+BETWEEN = {"editing": "edit"}
 """Stage of a miniature's recipe -> what tables call the checkpoint after it."""
 
 _SETTINGS = "reasonedit.json"
@@ -115,6 +119,7 @@ class Chain:
             "vae": self._vae,
             "words": self._words,
             "scenes": self._scenes,
+            "reasoning": self._reasoning,
             "base": self._base,
             "start": self._start,
             "stages": self._stages,
@@ -151,7 +156,7 @@ class Chain:
         if not (place / "vocab.json").is_file():
             _whole(place, lambda part: write_tokens(part, learn_tokens()))
         vocab, merges = read_tokens(place)
-        for name in dict.fromkeys((WORDS_SYSTEM, self.system)):
+        for name in dict.fromkeys((MLLM_SYSTEM, self.system)):
             blank = self.out / "blank" / name
             if not (blank / _SETTINGS).is_file():
                 _whole(blank, lambda part, name=name: write_blank(name, part, vocab=vocab, merges=merges, seed=SEED))
@@ -179,13 +184,23 @@ class Chain:
         return 0 if made is not None else EXIT_STOPPED
 
     def _words(self) -> int:
-        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / WORDS_SYSTEM)
+        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / MLLM_SYSTEM)
 
     def _scenes(self) -> int:
         place = self.out / "begun"
         if not (place / _SETTINGS).is_file():
-            _whole(place, lambda part: self._put_together(part, WORDS_SYSTEM, WORDS))
+            _whole(place, lambda part: self._put_together(part, MLLM_SYSTEM, WORDS))
         return self._recipe_run(SCENES, self.out / "runs" / SCENES, weights=place)
+
+    def _reasoning(self) -> int:
+        return self._recipe_run(REASONING, self.out / "runs" / REASONING, weights=self._mllm())
+
+    def _mllm(self) -> Path:
+        """A checkpoint whose MLLM is the base MLLM; all else in it is random."""
+        place = self.out / "mllm"
+        if not (place / _SETTINGS).is_file():
+            _whole(place, lambda part: self._put_together(part, MLLM_SYSTEM, SCENES))
+        return place
 
     def _base(self) -> int:
         place = self.out / "bare" / self.system
@@ -195,12 +210,7 @@ class Chain:
 
     def _put_together(self, part: Path, system: str, run: str, vae: Path | None = None) -> None:
         """The blank checkpoint of a system, with the MLLM that a run left, and a trained autoencoder, in their places."""
-        trained = self.out / "runs" / run / f"{run}_merged" / "text_encoder"
-        shutil.copytree(self.out / "blank" / system, part)
-        for old in (part / "text_encoder").glob("*.safetensors*"):
-            old.unlink()
-        for new in trained.glob("*.safetensors*"):
-            shutil.copy2(new, part / "text_encoder" / new.name)
+        self._with_mllm(self.out / "blank" / system, part, run)
         if vae is not None:
             shutil.rmtree(part / "vae")
             shutil.copytree(vae, part / "vae", ignore=shutil.ignore_patterns("report.json"))
@@ -230,21 +240,20 @@ class Chain:
         from ..run import export_stage
         from ..stages import plan_stages
 
-        self._compared(f"stages/{BASE}", lambda part: shutil.copytree(self._edits_plainly, part / self._edits_plainly.name))
+        self._compared(f"stages/{BASE}", lambda rough: shutil.copytree(self._edits_plainly, rough / self._edits_plainly.name))
+        self._compared_reasoner("stages/reason", REASONING)
         config = read_snapshot(self.run)
         for plan in plan_stages(config):
             if plan.stage.name in BETWEEN:
                 self._compared(
-                    f"stages/{BETWEEN[plan.stage.name]}", lambda part, plan=plan: export_stage(config, plan, "merged", part)
+                    f"stages/{BETWEEN[plan.stage.name]}", lambda rough, plan=plan: export_stage(config, plan, "merged", rough)
                 )
         for form in FORMS:
-            run, start = self.out / "runs" / f"{self.system}-{form}", self.out / "start" / self.system
-            sets = (f'data.reflection="{form}"', f'model.system="{MINIS[self.system]}"')
-            code = self._recipe_run(REFLECTION, run, start, sets)
+            run = f"{REFLECTION}-{form}"
+            code = self._recipe_run(REFLECTION, self.out / "runs" / run, self._mllm(), (f'data.reflection="{form}"',))
             if code:
                 return code
-            merged = run / f"{run.name}_merged"
-            self._compared(f"reflection/{form}", lambda part, merged=merged: shutil.copytree(merged, part / merged.name))
+            self._compared_reasoner(f"reflection/{form}", run)
         return 0
 
     def _card(self) -> int:
@@ -256,20 +265,33 @@ class Chain:
 
     # shared parts
 
+    def _with_mllm(self, folder: Path, part: Path, run: str) -> None:
+        """Copy a checkpoint, and put the MLLM that a run left into the copy."""
+        shutil.copytree(folder, part)
+        for old in (part / "text_encoder").glob("*.safetensors*"):
+            old.unlink()
+        for new in (self.out / "runs" / run / f"{run}_merged" / "text_encoder").glob("*.safetensors*"):
+            shutil.copy2(new, part / "text_encoder" / new.name)
+
     def _compared(self, name: str, export: Callable[[Path], object]) -> None:
         """A folder of `compare`. export: writes *_merged into a folder."""
         from .finish import write_finished
-
-        place = self.out / "compare" / self.system / name
-        if (place / _SETTINGS).is_file():
-            return
 
         def build(part: Path) -> None:
             with tempfile.TemporaryDirectory(dir=self.out) as rough:
                 export(Path(rough))
                 write_finished(next(Path(rough).glob("*_merged")), part)
 
-        _whole(place, build)
+        self._compare_with(name, build)
+
+    def _compared_reasoner(self, name: str, run: str) -> None:
+        """A folder of `compare` that is the start of the stages with the MLLM that a run left."""
+        self._compare_with(name, lambda part: self._with_mllm(self.out / "start" / self.system, part, run))
+
+    def _compare_with(self, name: str, build: Callable[[Path], object]) -> None:
+        place = self.out / "compare" / self.system / name
+        if not (place / _SETTINGS).is_file():
+            _whole(place, build)
 
     def _recipe_run(self, recipe: str, out: Path, weights: Path | None = None, sets: Sequence[str] = ()) -> int:
         """A run of the engine, begun, gone on with, or left as it is when it has ended."""
@@ -283,6 +305,8 @@ class Chain:
         path = RECIPES / f"{recipe}.toml"
         raw = read_recipe(path)
         raw["run"] |= {"out": str(out), "name": out.name, "threads": self.threads}
+        if raw["run"]["precision"] == "auto":
+            raw["run"]["precision"] = _precision()
         if weights is not None:
             raw["model"]["weights"] = str(weights)
         if self.share < 1:
@@ -293,6 +317,16 @@ class Chain:
 
     def _some(self, count: int) -> int:
         return max(1, round(count * self.share))
+
+
+def _precision() -> str:
+    """bfloat16 on CPUs with instructions for its products (AMX, AVX512-BF16), where it is the quicker one and these networks
+    learn as well; without them it is many times slower than float32, so there the choice is left to the engine."""
+    import torch
+
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    quick = not torch.cuda.is_available() and (known.get("amx_bf16") or known.get("avx512_bf16"))
+    return "bfloat16" if quick else "auto"
 
 
 def _whole(place: Path, build: Callable[[Path], object]) -> None:
