@@ -169,7 +169,7 @@ def test_latents_of_another_size_are_refused(q, tmp_path):
     record, task = q.source(losses=(FM,)).sources[item.id]
     layout = q.documents.layout(record, task)
     for name, size in zip(layout.names, layout.sizes, strict=True):
-        cache.write("moments", cache.moments_key(q.documents, record, name, size), {"mean": torch.zeros(1, 4, 2, 2)})
+        cache.write("moments", {cache.moments_key(q.documents, record, name, size): {"mean": torch.zeros(1, 4, 2, 2)}})
     source = q.source(cache=cache, records=[record], losses=(FM,))
     with pytest.raises(DataError, match=rf"record {record.id!r}: images.target: expected moments of shape"):
         source.load(0, 0)

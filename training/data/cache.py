@@ -10,7 +10,7 @@ T text tokens that condition a document, D width of the states.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...reasonedit_core.errors import ConfigError, DataError
-from ...reasonedit_core.files import write_whole
+from ...reasonedit_core.files import write_many
 from ..noise import digest
 from ..types import FM
 from .documents import TASKS, Documents, Layout, item_id
@@ -69,12 +69,14 @@ class Cache:
         """Whether an entry is there."""
         return self.path(kind, key).is_file()
 
-    def write(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors, whole or not at all."""
+    def write(self, kind: str, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keep tensors by key, those of each whole or not at all."""
         from safetensors.torch import save
 
-        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_whole(self.path(kind, key), save(whole))
+        def packed(tensors: Mapping[str, Tensor]) -> bytes:
+            return save({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()})
+
+        write_many((self.path(kind, key), packed(tensors)) for key, tensors in entries.items())
 
     def read(self, kind: str, key: str, *, what: str) -> dict[str, Tensor]:
         """The tensors of an entry. what: whose they are, for the DataError where they are missing or damaged."""
@@ -129,14 +131,18 @@ class Cache:
             found.get("quoted_embeds"),
         )
 
-    def keep_states(self, key: str, states: CachedStates) -> None:
-        """Write an entry of states."""
-        tensors = {"states": states.states, "fillers": torch.tensor(states.fillers)}
-        for name in ("place", "quoted", "quoted_embeds"):
-            value = getattr(states, name)
-            if value is not None:
-                tensors[name] = value.to(torch.uint8) if name == "quoted" else value
-        self.write(STATES, key, tensors)
+    def keep_states(self, entries: Mapping[str, CachedStates]) -> None:
+        """Write states by key."""
+        self.write(STATES, {key: _tensors(states) for key, states in entries.items()})
+
+
+def _tensors(states: CachedStates) -> dict[str, Tensor]:
+    tensors = {"states": states.states, "fillers": torch.tensor(states.fillers)}
+    for name in ("place", "quoted", "quoted_embeds"):
+        value = getattr(states, name)
+        if value is not None:
+            tensors[name] = value.to(torch.uint8) if name == "quoted" else value
+    return tensors
 
 
 # ---- filling -------------------------------------------------------------------------------------------------------------
@@ -217,24 +223,25 @@ class _Maker:
     @torch.no_grad()
     def _encode(self, waiting: list[tuple[Wanted, Tensor]]) -> None:
         mean, logvar = self.codec.encode(torch.cat([pixels for _, pixels in waiting]))
+        entries = {}
         for at, (wanted, _) in enumerate(waiting):
-            tensors = {"mean": mean[at : at + 1]}
+            entries[wanted.key] = {"mean": mean[at : at + 1]}
             if logvar is not None:
-                tensors["logvar"] = logvar[at : at + 1]
-            self.cache.write(MOMENTS, wanted.key, tensors)
-            self._made(wanted)
+                entries[wanted.key]["logvar"] = logvar[at : at + 1]
+        self.cache.write(MOMENTS, entries)
+        self._made(wanted for wanted, _ in waiting)
 
     @torch.no_grad()
     def _condition(self) -> None:
         waiting, self._documents = self._documents, []
         if waiting:
             states = self.states_of([document for _, document in waiting])
-            for (wanted, _), one in zip(waiting, states, strict=True):
-                self.cache.keep_states(wanted.key, one)
-                self._made(wanted)
+            self.cache.keep_states({wanted.key: one for (wanted, _), one in zip(waiting, states, strict=True)})
+            self._made(wanted for wanted, _ in waiting)
 
-    def _made(self, wanted: Wanted) -> None:
-        self.report.made[wanted.kind] = self.report.made.get(wanted.kind, 0) + 1
+    def _made(self, entries: Iterable[Wanted]) -> None:
+        for wanted in entries:
+            self.report.made[wanted.kind] = self.report.made.get(wanted.kind, 0) + 1
 
 
 def fill(
