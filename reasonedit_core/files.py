@@ -33,7 +33,7 @@ def write_many(files: Iterable[tuple[str | Path, bytes]]) -> list[Path]:
         if len(parts) > 1 and hasattr(os, "sync"):
             os.sync()
         else:
-            for part, path in parts:
+            for part, _ in parts:
                 with open(part, "rb+") as file:
                     os.fsync(file.fileno())
         for part, path in parts:
