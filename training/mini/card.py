@@ -15,6 +15,7 @@ from ..log import LOG, read_log
 from .books import BOOK_FILE
 
 CARD = "README.md"
+TABLES = "tables"
 
 _PARTS = {"text_encoder": "MLLM", "transformer": "DiT and connector", "vae": "VAE"}
 _OF = {"mini-s": "Step1X-Edit v1.2", "mini-q": "Qwen-Image-Edit-2509"}
@@ -54,8 +55,8 @@ training never sees), with the commands stated. 95 % intervals are bootstrapped 
 def write_card(out: Path, system: str) -> Path:
     """Write the card into OUT/SYSTEM from the folder that `reasonedit-train mini` leaves, and return it.
 
-    Tables are taken from OUT/tables/SYSTEM, where `reasonedit-eval miniature --out` has put them; without any the card says
-    that none was measured. ConfigError where the miniature is not finished.
+    Tables are taken from OUT/tables/SYSTEM, where `reasonedit-eval miniature --out` has put them, and lie as JSON beside the
+    card, for `reasonedit-eval check`; without any the card says that none was measured. ConfigError where the miniature is not finished.
     """
     folder = out / system
     if not (folder / "model_index.json").is_file():
@@ -68,6 +69,10 @@ def write_card(out: Path, system: str) -> Path:
         _runs(out, system),
         *_tables(out / "tables" / system),
     ]
+    for name in _TABLES:
+        table = out / "tables" / system / f"{name}.json"
+        if table.is_file():
+            write_whole(folder / TABLES / table.name, table.read_bytes())
     return write_whole(folder / CARD, ("\n\n".join(block.strip("\n") for block in blocks) + "\n").encode())
 
 
