@@ -10,7 +10,7 @@ T text tokens that condition a document, D width of the states.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,10 +131,6 @@ class Cache:
             found.get("quoted_embeds"),
         )
 
-    def keep_states(self, entries: Mapping[str, CachedStates]) -> None:
-        """Write states by key."""
-        self.write(STATES, {key: _tensors(states) for key, states in entries.items()})
-
 
 def _tensors(states: CachedStates) -> dict[str, Tensor]:
     tensors = {"states": states.states, "fillers": torch.tensor(states.fillers)}
@@ -169,6 +165,9 @@ StatesOf = Callable[[Sequence[TextDocument]], list[CachedStates]]
 BATCH_PIXELS, BATCH_TOKENS = 400 * 400, 4096
 """How much is computed at once: small pictures and short documents would leave the machine waiting otherwise."""
 
+HELD_FILES, HELD_BYTES = 1024, 64 << 20
+"""How much is made before it is written: the disk is waited for once for all of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -191,6 +190,8 @@ class _Maker:
         self.cache, self.codec, self.states_of, self.report = cache, codec, states_of, report
         self._pictures: dict[tuple[int, ...], list[tuple[Wanted, Tensor]]] = {}
         self._documents: list[tuple[Wanted, TextDocument]] = []
+        self._held: dict[str, dict[str, Mapping[str, Tensor]]] = {MOMENTS: {}, STATES: {}}
+        self._bytes = 0
 
     def add(self, wanted: Wanted) -> None:
         """Make an entry, now or with others of its like."""
@@ -223,25 +224,33 @@ class _Maker:
     @torch.no_grad()
     def _encode(self, waiting: list[tuple[Wanted, Tensor]]) -> None:
         mean, logvar = self.codec.encode(torch.cat([pixels for _, pixels in waiting]))
-        entries = {}
         for at, (wanted, _) in enumerate(waiting):
-            entries[wanted.key] = {"mean": mean[at : at + 1]}
+            tensors = {"mean": mean[at : at + 1]}
             if logvar is not None:
-                entries[wanted.key]["logvar"] = logvar[at : at + 1]
-        self.cache.write(MOMENTS, entries)
-        self._made(wanted for wanted, _ in waiting)
+                tensors["logvar"] = logvar[at : at + 1]
+            self._hold(wanted, tensors)
 
     @torch.no_grad()
     def _condition(self) -> None:
         waiting, self._documents = self._documents, []
         if waiting:
             states = self.states_of([document for _, document in waiting])
-            self.cache.keep_states({wanted.key: one for (wanted, _), one in zip(waiting, states, strict=True)})
-            self._made(wanted for wanted, _ in waiting)
+            for (wanted, _), one in zip(waiting, states, strict=True):
+                self._hold(wanted, _tensors(one))
 
-    def _made(self, entries: Iterable[Wanted]) -> None:
-        for wanted in entries:
-            self.report.made[wanted.kind] = self.report.made.get(wanted.kind, 0) + 1
+    def _hold(self, wanted: Wanted, tensors: Mapping[str, Tensor]) -> None:
+        self._held[wanted.kind][wanted.key] = tensors
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self.report.made[wanted.kind] = self.report.made.get(wanted.kind, 0) + 1
+        if self._bytes >= HELD_BYTES or sum(map(len, self._held.values())) >= HELD_FILES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is held."""
+        for kind, entries in self._held.items():
+            self.cache.write(kind, entries)
+            entries.clear()
+        self._bytes = 0
 
 
 def fill(
@@ -260,23 +269,26 @@ def fill(
 
     trainable: whether the stage trains the MLLM; its states then change with every step and ConfigError is raised. drops_text:
     states without text are needed as well. shard: (which, of how many) processes this is; each makes entries of its own.
-    Pictures that cannot be used are in the report, the others are cached. Stopping and starting again loses at most the
-    files in the making.
+    Pictures that cannot be used are in the report, the others are cached. Stopping and starting again loses at most what was
+    in the making; a kill, what was held (HELD_FILES, HELD_BYTES).
     """
     if states_of is not None:
         refuse_trainable(trainable)
     report = Report()
     maker = _Maker(cache, codec, states_of, report)
     seen: set[tuple[str, str]] = set()
-    for number, record in enumerate(records):
-        for each in _wanted(cache, documents, record, codec, states_of, drops_text, report):
-            if (each.kind, each.key) in seen or int(each.key[:12], 16) % shard[1] != shard[0]:
-                continue
-            seen.add((each.kind, each.key))
-            if on_progress is not None:
-                on_progress(each.kind, number, len(records))
-            maker.add(each)
-    maker.finish()
+    try:
+        for number, record in enumerate(records):
+            for each in _wanted(cache, documents, record, codec, states_of, drops_text, report):
+                if (each.kind, each.key) in seen or int(each.key[:12], 16) % shard[1] != shard[0]:
+                    continue
+                seen.add((each.kind, each.key))
+                if on_progress is not None:
+                    on_progress(each.kind, number, len(records))
+                maker.add(each)
+        maker.finish()
+    finally:  # what was made is kept, also where something stops this
+        maker.write()
     if on_progress is not None:
         on_progress("done", len(records), len(records))
     return report

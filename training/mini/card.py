@@ -56,7 +56,8 @@ def write_card(out: Path, system: str) -> Path:
     """Write the card into OUT/SYSTEM from the folder that `reasonedit-train mini` leaves, and return it.
 
     Tables are taken from OUT/tables/SYSTEM, where `reasonedit-eval miniature --out` has put them, and lie as JSON beside the
-    card, for `reasonedit-eval check`; without any the card says that none was measured. ConfigError where the miniature is not finished.
+    card, for `reasonedit-eval check`; without any the card says that none was measured. ConfigError where the miniature is
+    not finished.
     """
     folder = out / system
     if not (folder / "model_index.json").is_file():
