@@ -20,7 +20,7 @@ def test_recipes_are_sound(recipe, tmp_path):
     plans = plan_stages(config)
     assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
     if recipe == REASONING:
-        assert [(plan.stage.step, sorted(plan.stage.train)) for plan in plans] == [("reasoning", ["mllm_lora"])]
+        assert [(plan.stage.step, sorted(plan.stage.train)) for plan in plans] == [("reasoning", ["embeddings", "mllm_lora"])]
     if recipe.startswith("mini_"):
         assert [plan.stage.name for plan in plans] == ["editing", "unified"]
         assert list(BETWEEN) == [plan.stage.name for plan in plans[:-1]]

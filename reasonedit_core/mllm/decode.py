@@ -100,7 +100,8 @@ class KVCache:
             if len(self._rows) == 1:
                 self._view(store)[:, :, -new.shape[2] :] = new
             else:
-                store[self._index, :, self._slots] = new.transpose(1, 2)
+                # Where embeddings are trained, they are float32 and autocast makes keys of the frozen layers in less.
+                store[self._index, :, self._slots] = new.transpose(1, 2).to(store.dtype)
         return self._view(self.keys[layer]), self._view(self.values[layer])
 
     def get_seq_length(self, layer: int = 0) -> int:
