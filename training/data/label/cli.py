@@ -1,0 +1,258 @@
+"""The command `reasonedit-data`: records made by asking an annotator, or out of what an artist has said of saved runs.
+
+Exit codes: 0 done; 2 an error, told in a sentence or two, or records that `check` finds faults in; 130 stopped by Ctrl-C.
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ....reasonedit_core.cli import explain, real, whole
+from ....reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
+
+if TYPE_CHECKING:
+    from .session import Session
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
+    debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
+    ours = logging.getLogger(__package__.partition(".")[0])
+    level = ours.level
+    try:
+        args = build_parser().parse_args(argv)
+        debug = debug or args.debug
+        ours.setLevel(logging.DEBUG if debug else logging.WARNING)
+        return args.run(args)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return EXIT_INTERRUPTED
+    except Interrupted as error:
+        say(f"stopped: {error}")
+        return EXIT_INTERRUPTED
+    except ReasonEditError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        return EXIT_ERROR
+    except Exception as error:
+        words = None if debug else explain(error)
+        if words is None:
+            raise
+        say(f"error: {words}")
+        return EXIT_ERROR
+    finally:
+        ours.setLevel(level)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr. What a model wrote must not move the cursor."""
+    print(f"reasonedit-data: {_printable(text)}", file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """A line of the result, on stdout."""
+    print(_printable(text), flush=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. A further pipeline is one more function in the list."""
+    parser = _Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for add in (_add_thinking_pairs, _add_mini_seeds):
+        add(commands)
+    return parser
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------------
+
+
+def run_thinking_pairs(args: argparse.Namespace) -> int:
+    """`reasonedit-data thinking-pairs`."""
+    from .seeds import read_seeds
+    from .thinking_pairs import Options, ThinkingPairs
+
+    options = Options(args.keep_clear, args.held_out)
+    annotator, second = _annotators(args, "verifier")
+    seeds = read_seeds(args.seeds, args.limit)
+    return _run(args, lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds)
+
+
+def run_mini_seeds(args: argparse.Namespace) -> int:
+    """`reasonedit-data mini-seeds`."""
+    from ...mini.labelling import write_seeds
+
+    tell(f"{write_seeds(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
+    return 0
+
+
+def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[Any]) -> int:
+    from .session import as_json, first_request, run
+
+    session = _session(args)
+    if args.dry_run:
+        first = first_request(session, make, items)
+        tell(as_json(first) if first else "nothing would be asked: the journal holds every answer")
+        return 0
+    every = max(1, len(items) // 20)
+
+    def progress(done: int) -> None:
+        if not args.quiet and (done % every == 0 or done == len(items)):
+            say(f"{done} of {len(items)} items")
+
+    result = run(session, make, items, name=args.command, on_done=progress)
+    for line in result.lines():
+        tell(line)
+    if result.check is None:
+        return 0
+    for line in result.check.lines():
+        tell(line)
+    return 0 if result.check.ok else EXIT_ERROR
+
+
+def _session(args: argparse.Namespace) -> Session:
+    from .output import Prices
+    from .runner import Limits
+    from .session import Session
+
+    names = ("concurrency", "per_minute", "timeout", "attempts", "pause")
+    limits = Limits(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    prices = Prices.parse(args.price) if getattr(args, "price", None) else Prices()
+    return Session(args.out, limits, prices, args.sample, getattr(args, "retry", False))
+
+
+def _annotators(args: argparse.Namespace, second: str) -> tuple[Any, Any]:
+    """The annotator and the second one, which is the first where the pipeline allows it and none is named."""
+    first = _annotator(args, args.url, args.model, args.api_key_env, args.mllm, "")
+    named = args.second_url or args.second_model or args.second_mllm
+    if args.world is not None:
+        from ...mini.labelling import WorldAnnotator
+
+        return first, WorldAnnotator(first.world, f"world-{second}")
+    if not named:
+        return first, first
+    url, env = args.second_url or args.url, args.second_api_key_env or args.api_key_env
+    return first, _annotator(args, url, args.second_model, env, args.second_mllm, "second-")
+
+
+def _annotator(args: argparse.Namespace, url: str | None, model: str | None, env: str, mllm: Path | None, what: str) -> Any:
+    if args.world is not None:
+        if url or model or mllm:
+            raise ConfigError("--world: expected no other annotator beside it, found one. Leave one of them out.")
+        from ...mini.labelling import World, WorldAnnotator
+
+        return WorldAnnotator(World(args.world))
+    if mllm is not None:
+        if model:
+            raise ConfigError(f"--{what}mllm: expected no --{what}model beside it, found {model!r}. Leave one of them out.")
+        return _own(mllm)
+    if not url or not model:
+        raise ConfigError(
+            f"expected an annotator: --{what}url ADDRESS with --{what}model NAME, --{what}mllm DIR, or --world DIR for drawn "
+            f"seeds; found {'no address' if not url else 'no model'}. Name one."
+        )
+    from .annotators import EndpointAnnotator
+
+    key = os.environ.get(env) if env else None
+    if env and env != _KEY and not key:
+        raise ConfigError(f"--{what}api-key-env: expected a key in the environment variable {env}, found none. Set it.")
+    return EndpointAnnotator(url, model, api_key=key, timeout=args.timeout, max_side=args.max_side)
+
+
+def _own(folder: Path) -> Any:
+    """The MLLM of a folder in this process, reached as the loop reaches it."""
+    from ....reasonedit_core.load import SystemSpec, load_reasoner
+    from .annotators import SpeakerAnnotator
+
+    loaded = load_reasoner(SystemSpec("reasonedit-s", reasoner=f"qwen:{folder}"))
+    return SpeakerAnnotator(loaded.reasoner.speaker, folder.resolve().name)
+
+
+# ---- options -------------------------------------------------------------------------------------------------------------
+
+_KEY = "REASONEDIT_API_KEY"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of printing the whole usage; no abbreviated options, which break when options are added."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
+
+
+def _command(commands, name: str, words: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and log in detail (or REASONEDIT_DEBUG=1)")
+    parser.set_defaults(run=run, command=name)
+    return parser
+
+
+def _folder(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", required=True, type=Path, metavar="DIR", help="for all that is written; to go on, the same again")
+    add("--dry-run", action="store_true", help="print the first request; send and write nothing")
+    add("--sample", type=whole(0, 10_000), default=0, metavar="N", help="write sample.html with N records (0: none)")
+
+
+def _asking(parser: argparse.ArgumentParser, second: str) -> None:
+    add = parser.add_argument
+    add("--url", metavar="ADDRESS", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="the model's name there; it stands in every record")
+    add("--api-key-env", default=_KEY, metavar="VAR", help=f"environment variable that holds the key ({_KEY})")
+    add("--mllm", type=Path, metavar="DIR", help="in place of an endpoint: a Qwen2.5-VL folder, in this process")
+    add("--world", type=Path, metavar="DIR", help="in place of an endpoint: the truth about the seeds of `mini-seeds`")
+    add("--second-url", metavar="ADDRESS", help=f"the {second}'s endpoint (that of --url)")
+    add("--second-model", metavar="NAME", help=f"the {second}'s model")
+    add("--second-api-key-env", metavar="VAR", help="(that of --api-key-env)")
+    add("--second-mllm", type=Path, metavar="DIR", help=f"in place of an endpoint: the {second} in this process")
+    add("--concurrency", type=whole(1, 1024), default=4, metavar="N", help="requests at a time (4)")
+    add("--per-minute", type=real(0.001, 1e6), metavar="N", help="requests begun in a minute at most (any number)")
+    add("--timeout", type=real(0.001, 86400), default=120.0, metavar="S", help="seconds of one request (120)")
+    add("--attempts", type=whole(1, 100), default=4, metavar="N", help="per question at most (4)")
+    add("--pause", type=real(0, 3600), default=2.0, metavar="S", help="seconds before a second attempt, then doubled (2)")
+    add("--max-side", type=whole(28, 8192), default=1024, metavar="PX", help="long side of a picture that is sent (1024)")
+    add("--price", metavar="IN,OUT", help="of a million tokens, to state the cost")
+    add("--retry", action="store_true", help="ask again what was rejected before")
+    add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")
+
+
+def _add_thinking_pairs(commands) -> None:
+    words = "instructions -> what is to be painted: sorted, taken apart or made abstract, verified, deduplicated, split"
+    parser = _command(commands, "thinking-pairs", words, run_thinking_pairs)
+    parser.add_argument("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction")
+    _folder(parser)
+    _asking(parser, "verifier")
+    parser.add_argument("--keep-clear", type=real(0, 1), default=0.36, metavar="X", help="clear ones left as they are (0.36)")
+    parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
+
+
+def _add_mini_seeds(commands) -> None:
+    parser = _command(commands, "mini-seeds", "draw seeds of the miniature world, to try a pipeline on", run_mini_seeds)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=whole(1, 10**6), default=20, metavar="N", help="(20)")
+    parser.add_argument("--seed", type=whole(0, 2**20), default=0, metavar="S", help="(0)")
+    parser.add_argument("--language", choices=("en", "zh"), help="(both)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
