@@ -12,6 +12,7 @@ import os
 import random
 import re
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,11 +43,12 @@ class FakeServer:
         self.payloads: list[dict] = []
         self.headers: list[dict] = []
         self.released = threading.Event()
+        self.errors: list[str] = []
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> FakeServer:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.fake = self
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -59,6 +61,7 @@ class FakeServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        assert self.errors == []
 
     def take(self, payload: dict, headers: dict) -> tuple[int, Question]:
         question = self._question(payload)
@@ -94,6 +97,13 @@ def _put(path: Path, data: bytes) -> None:
     part = path.with_suffix(f".{threading.get_ident()}")
     part.write_bytes(data)
     part.rename(path)
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        self.fake.errors.append(traceback.format_exc())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -199,6 +209,11 @@ class Killer:
     def killed(self) -> bool:
         return self.number is not None and len(self.kinds) >= self.number
 
+    def check(self) -> None:
+        """What begins after a kill dies at once: in one process with the test, threads that wait outlive it."""
+        if self.killed:
+            raise Killed("already")
+
     def dies(self, kind: str) -> bool:
         with self._lock:
             if self.killed:
@@ -212,7 +227,7 @@ class Killer:
 
 
 def join_requests() -> None:
-    """Wait for requests that a killed run has sent: in one process with the test they do not die with it."""
+    """Wait for the threads of a killed run, while the killer is still there: in one process with the test they outlive it."""
     for thread in threading.enumerate():
         if thread.name == "reasonedit-data":
             thread.join(30)

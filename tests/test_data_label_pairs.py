@@ -175,10 +175,11 @@ def test_killed_anywhere_nothing_is_lost_and_nothing_done_twice(tmp_path, drawn,
         for point in chosen_points(uncut.kinds, 20, seed=4):
             out = tmp_path / f"killed-{point}"
             server.asked.clear()
-            with monkeypatch.context() as patch, pytest.raises(Killed):
+            with monkeypatch.context() as patch:
                 Killer(patch, point)
-                through(server, out, drawn)
-            join_requests()
+                with pytest.raises(Killed):
+                    through(server, out, drawn)
+                join_requests()
             before, finished = len(server.asked), set(read_journal(out / "journal.jsonl").entries)
             result = through(server, out, drawn)
             kept = read_journal(out / "journal.jsonl").entries

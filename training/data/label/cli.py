@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ....reasonedit_core.cli import explain, real, whole
+from ....reasonedit_core.cli import DTYPES, explain, real, whole
 from ....reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A further pipeline is one more function in the list."""
     parser = _Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_thinking_pairs, _add_mini_seeds):
+    for add in (_add_thinking_pairs, _add_reflection_triples, _add_mini_seeds):
         add(commands)
     return parser
 
@@ -92,6 +92,26 @@ def run_thinking_pairs(args: argparse.Namespace) -> int:
     annotator, second = _annotators(args, "verifier")
     seeds = read_seeds(args.seeds, args.limit)
     return _run(args, lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds)
+
+
+def run_reflection_triples(args: argparse.Namespace) -> int:
+    """`reasonedit-data reflection-triples`."""
+    from .reflection_triples import Options, ReflectionTriples, attempts
+    from .seeds import read_seeds
+
+    ratio = None if args.ratio == "all" else tuple(_ratio(args.ratio))
+    limits = (args.success_at, args.failed_at, args.gain)
+    options = Options(args.edits, args.negatives, *limits, ratio, args.held_out)
+    annotator, judge = _annotators(args, "judge")
+    if args.no_audit:
+        judge = None
+    elif judge.name == annotator.name:
+        raise ConfigError(
+            f"expected a second judge that is another model than {annotator.name!r}, found none. Name it (--second-model, "
+            "--second-mllm), or do without the audit (--no-audit)."
+        )
+    items = attempts(read_seeds(args.seeds, args.limit), _editors(args), options)
+    return _run(args, lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items)
 
 
 def run_mini_seeds(args: argparse.Namespace) -> int:
@@ -175,6 +195,25 @@ def _annotator(args: argparse.Namespace, url: str | None, model: str | None, env
     return EndpointAnnotator(url, model, api_key=key, timeout=args.timeout, max_side=args.max_side)
 
 
+def _ratio(text: str) -> list[int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--ratio: expected SUCCESS:REFLECTION:FAILED such as 3:1:1, or all, found {text!r}. Correct it.")
+    return [int(part) for part in parts]
+
+
+def _editors(args: argparse.Namespace) -> list[Any]:
+    """Every named system at every number of steps; the planted editor of a world where none is named."""
+    from .editors import LoadedSystem, SystemEditor
+
+    if args.world is not None and not args.editor:
+        from ...mini.labelling import PlantedEditor, World
+
+        return [PlantedEditor(World(args.world))]
+    loaded = [LoadedSystem.parse(text, device=args.device, dtype=args.dtype) for text in args.editor]
+    return [SystemEditor(each, steps) for each in loaded for steps in args.edit_steps or [None]]
+
+
 def _own(folder: Path) -> Any:
     """The MLLM of a folder in this process, reached as the loop reaches it."""
     from ....reasonedit_core.load import SystemSpec, load_reasoner
@@ -244,6 +283,27 @@ def _add_thinking_pairs(commands) -> None:
     _asking(parser, "verifier")
     parser.add_argument("--keep-clear", type=real(0, 1), default=0.36, metavar="X", help="clear ones left as they are (0.36)")
     parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
+
+
+def _add_reflection_triples(commands) -> None:
+    words = "source, result and verdict: edited by own systems, scored alone, decided, edited again, audited, balanced"
+    parser = _command(commands, "reflection-triples", words, run_reflection_triples)
+    add = parser.add_argument
+    add("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction, best with a target too")
+    _folder(parser)
+    add("--editor", action="append", default=[], metavar="SYSTEM=DIR", help="reasonedit-s=DIR, mini-s, ...; several times")
+    add("--edits", type=whole(1, 1000), default=2, metavar="N", help="seeds per picture and editor (2)")
+    add("--edit-steps", type=whole(1, 1000), action="append", metavar="N", help="sampling steps; several times")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the editors")
+    add("--dtype", choices=DTYPES, default="auto", help="of the editors")
+    _asking(parser, "judge")
+    add("--no-audit", action="store_true", help="no second judge")
+    add("--negatives", type=real(0, 1), default=0.5, metavar="X", help="seeds that get a planted negative (0.5)")
+    add("--success-at", type=real(0, 10), default=8.0, metavar="X", help="least score of a success (8)")
+    add("--failed-at", type=real(0, 10), default=7.0, metavar="X", help="most of a failure (7)")
+    add("--gain", type=real(0, 10), default=1.0, metavar="X", help="by which a second instruction must raise the score (1)")
+    add("--ratio", default="3:1:1", metavar="S:R:F", help="success, reflection, failed in what is written, or all (3:1:1)")
+    add("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
 
 
 def _add_mini_seeds(commands) -> None:

@@ -110,15 +110,21 @@ class Runner:
         inputs: Mapping[str, Any],
         pictures: Sequence[Shown],
         work: Callable[[], dict[str, Any]],
+        *,
+        seed: int | None = None,
+        holds: Callable[[Entry], bool] = lambda entry: True,
     ) -> Entry:
         """The entry of a piece of work that is no question: `work` is called in a thread, one at a time, and its value (as
-        JSON has it) journaled. A Rejected that it raises is journaled as well; worker: what does it, as `model` of a question.
+        JSON has it) journaled. A Rejected that it raises is journaled as well.
+
+        worker: what does it, as `model` of a question; seed: part of the inputs, noted by itself; holds: whether what a known
+        entry speaks of is still there; else the work is done again.
         """
-        key = key_of(step, version, worker, inputs, pictures)
+        key = key_of(step, version, worker, inputs if seed is None else {**inputs, "seed": seed}, pictures)
 
         async def once() -> Entry:
             begun = time.monotonic()
-            head = {"key": key, "step": step, "item": item, "model": worker, "prompt": version}
+            head = {"key": key, "step": step, "item": item, "model": worker, "prompt": version, "seed": seed}
             async with self._worker:
                 try:
                     value = await in_thread(work)
@@ -128,14 +134,18 @@ class Runner:
                     told = {"status": DONE, "value": value}
             return Entry(**head, **told, seconds=_since(begun), time=_now())
 
-        return await self._settle(key, once)
+        return await self._settle(key, once, holds)
 
     # ---- one question ------------------------------------------------------------------------------------------------
 
-    async def _settle(self, key: str, make: Callable[[], Awaitable[Entry]]) -> Entry:
+    async def _settle(
+        self, key: str, make: Callable[[], Awaitable[Entry]], holds: Callable[[Entry], bool] = lambda entry: True
+    ) -> Entry:
         """The entry of `key`: known, or under way, or made now. Raises Rejected for one that was rejected."""
         entry = self.journal.entries.get(key)
-        if entry is not None and not (self._retry and not entry.done and key not in self._done):
+        if entry is not None and key not in self._done:
+            entry = None if (self._retry and not entry.done) or (entry.done and not holds(entry)) else entry
+        if entry is not None:
             self.tally.known += key not in self._done
         elif key in self._running:
             entry = await asyncio.shield(self._running[key])

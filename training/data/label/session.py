@@ -131,6 +131,7 @@ class _DryRunner(Runner):
         raise FirstRequest({"item": item, "question": question.prompt.id, "to": to, "pictures": pictures, "request": told})
 
     async def do(self, item: str, step: str, version: str, worker: str, *rest: Any, **more: Any) -> Entry:
+        # the work itself, which comes last, is replaced
         return await super().do(item, step, version, worker, *rest[:-1], _would(item, step, worker), **more)
 
 
