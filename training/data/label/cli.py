@@ -10,15 +10,12 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from ....reasonedit_core.cli import DTYPES, explain, real, whole
 from ....reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
-
-if TYPE_CHECKING:
-    from .session import Session
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -35,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         debug = debug or args.debug
         ours.setLevel(logging.DEBUG if debug else logging.WARNING)
-        return args.run(args)
+        from . import commands
+
+        return getattr(commands, args.run)(args)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return EXIT_INTERRUPTED
@@ -59,15 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say(text: str) -> None:
     """A line for the person at the terminal, on stderr. What a model wrote must not move the cursor."""
-    print(f"reasonedit-data: {_printable(text)}", file=sys.stderr, flush=True)
+    print(f"reasonedit-data: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """A line of the result, on stdout."""
-    print(_printable(text), flush=True)
-
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """`text` with codes in the place of characters that a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -75,157 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A further pipeline is one more function in the list."""
     parser = _Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_thinking_pairs, _add_reflection_triples, _add_mini_seeds):
+    for add in (_add_thinking_pairs, _add_reflection_triples, _add_from_traces, _add_feedback, _add_mini_seeds):
         add(commands)
     return parser
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------
-
-
-def run_thinking_pairs(args: argparse.Namespace) -> int:
-    """`reasonedit-data thinking-pairs`."""
-    from .seeds import read_seeds
-    from .thinking_pairs import Options, ThinkingPairs
-
-    options = Options(args.keep_clear, args.held_out)
-    annotator, second = _annotators(args, "verifier")
-    seeds = read_seeds(args.seeds, args.limit)
-    return _run(args, lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds)
-
-
-def run_reflection_triples(args: argparse.Namespace) -> int:
-    """`reasonedit-data reflection-triples`."""
-    from .reflection_triples import Options, ReflectionTriples, attempts
-    from .seeds import read_seeds
-
-    ratio = None if args.ratio == "all" else tuple(_ratio(args.ratio))
-    limits = (args.success_at, args.failed_at, args.gain)
-    options = Options(args.edits, args.negatives, *limits, ratio, args.held_out)
-    annotator, judge = _annotators(args, "judge")
-    if args.no_audit:
-        judge = None
-    elif judge.name == annotator.name:
-        raise ConfigError(
-            f"expected a second judge that is another model than {annotator.name!r}, found none. Name it (--second-model, "
-            "--second-mllm), or do without the audit (--no-audit)."
-        )
-    items = attempts(read_seeds(args.seeds, args.limit), _editors(args), options)
-    return _run(args, lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items)
-
-
-def run_mini_seeds(args: argparse.Namespace) -> int:
-    """`reasonedit-data mini-seeds`."""
-    from ...mini.labelling import write_seeds
-
-    tell(f"{write_seeds(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
-    return 0
-
-
-def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[Any]) -> int:
-    from .session import as_json, first_request, run
-
-    session = _session(args)
-    if args.dry_run:
-        first = first_request(session, make, items)
-        tell(as_json(first) if first else "nothing would be asked: the journal holds every answer")
-        return 0
-    every = max(1, len(items) // 20)
-
-    def progress(done: int) -> None:
-        if not args.quiet and (done % every == 0 or done == len(items)):
-            say(f"{done} of {len(items)} items")
-
-    result = run(session, make, items, name=args.command, on_done=progress)
-    for line in result.lines():
-        tell(line)
-    if result.check is None:
-        return 0
-    for line in result.check.lines():
-        tell(line)
-    return 0 if result.check.ok else EXIT_ERROR
-
-
-def _session(args: argparse.Namespace) -> Session:
-    from .output import Prices
-    from .runner import Limits
-    from .session import Session
-
-    names = ("concurrency", "per_minute", "timeout", "attempts", "pause")
-    limits = Limits(**{name: getattr(args, name) for name in names if hasattr(args, name)})
-    prices = Prices.parse(args.price) if getattr(args, "price", None) else Prices()
-    return Session(args.out, limits, prices, args.sample, getattr(args, "retry", False))
-
-
-def _annotators(args: argparse.Namespace, second: str) -> tuple[Any, Any]:
-    """The annotator and the second one, which is the first where the pipeline allows it and none is named."""
-    first = _annotator(args, args.url, args.model, args.api_key_env, args.mllm, "")
-    named = args.second_url or args.second_model or args.second_mllm
-    if args.world is not None:
-        from ...mini.labelling import WorldAnnotator
-
-        return first, WorldAnnotator(first.world, f"world-{second}")
-    if not named:
-        return first, first
-    url, env = args.second_url or args.url, args.second_api_key_env or args.api_key_env
-    return first, _annotator(args, url, args.second_model, env, args.second_mllm, "second-")
-
-
-def _annotator(args: argparse.Namespace, url: str | None, model: str | None, env: str, mllm: Path | None, what: str) -> Any:
-    if args.world is not None:
-        if url or model or mllm:
-            raise ConfigError("--world: expected no other annotator beside it, found one. Leave one of them out.")
-        from ...mini.labelling import World, WorldAnnotator
-
-        return WorldAnnotator(World(args.world))
-    if mllm is not None:
-        if model:
-            raise ConfigError(f"--{what}mllm: expected no --{what}model beside it, found {model!r}. Leave one of them out.")
-        return _own(mllm)
-    if not url or not model:
-        raise ConfigError(
-            f"expected an annotator: --{what}url ADDRESS with --{what}model NAME, --{what}mllm DIR, or --world DIR for drawn "
-            f"seeds; found {'no address' if not url else 'no model'}. Name one."
-        )
-    from .annotators import EndpointAnnotator
-
-    key = os.environ.get(env) if env else None
-    if env and env != _KEY and not key:
-        raise ConfigError(f"--{what}api-key-env: expected a key in the environment variable {env}, found none. Set it.")
-    return EndpointAnnotator(url, model, api_key=key, timeout=args.timeout, max_side=args.max_side)
-
-
-def _ratio(text: str) -> list[int]:
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--ratio: expected SUCCESS:REFLECTION:FAILED such as 3:1:1, or all, found {text!r}. Correct it.")
-    return [int(part) for part in parts]
-
-
-def _editors(args: argparse.Namespace) -> list[Any]:
-    """Every named system at every number of steps; the planted editor of a world where none is named."""
-    from .editors import LoadedSystem, SystemEditor
-
-    if args.world is not None and not args.editor:
-        from ...mini.labelling import PlantedEditor, World
-
-        return [PlantedEditor(World(args.world))]
-    loaded = [LoadedSystem.parse(text, device=args.device, dtype=args.dtype) for text in args.editor]
-    return [SystemEditor(each, steps) for each in loaded for steps in args.edit_steps or [None]]
-
-
-def _own(folder: Path) -> Any:
-    """The MLLM of a folder in this process, reached as the loop reaches it."""
-    from ....reasonedit_core.load import SystemSpec, load_reasoner
-    from .annotators import SpeakerAnnotator
-
-    loaded = load_reasoner(SystemSpec("reasonedit-s", reasoner=f"qwen:{folder}"))
-    return SpeakerAnnotator(loaded.reasoner.speaker, folder.resolve().name)
-
-
 # ---- options -------------------------------------------------------------------------------------------------------------
 
-_KEY = "REASONEDIT_API_KEY"
+KEY_VARIABLE = "REASONEDIT_APIKEY_VARIABLE"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -238,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
 
 
-def _command(commands, name: str, words: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+def _command(commands, name: str, words: str, run: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and log in detail (or REASONEDIT_DEBUG=1)")
@@ -257,7 +109,7 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
     add = parser.add_argument
     add("--url", metavar="ADDRESS", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="the model's name there; it stands in every record")
-    add("--api-key-env", default=_KEY, metavar="VAR", help=f"environment variable that holds the key ({_KEY})")
+    add("--api-key-env", default=KEY_VARIABLE, metavar="VAR", help=f"environment variable that holds the key ({KEY_VARIABLE})")
     add("--mllm", type=Path, metavar="DIR", help="in place of an endpoint: a Qwen2.5-VL folder, in this process")
     add("--world", type=Path, metavar="DIR", help="in place of an endpoint: the truth about the seeds of `mini-seeds`")
     add("--second-url", metavar="ADDRESS", help=f"the {second}'s endpoint (that of --url)")
@@ -277,7 +129,7 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
 
 def _add_thinking_pairs(commands) -> None:
     words = "instructions -> what is to be painted: sorted, taken apart or made abstract, verified, deduplicated, split"
-    parser = _command(commands, "thinking-pairs", words, run_thinking_pairs)
+    parser = _command(commands, "thinking-pairs", words, "run_thinking_pairs")
     parser.add_argument("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction")
     _folder(parser)
     _asking(parser, "verifier")
@@ -287,7 +139,7 @@ def _add_thinking_pairs(commands) -> None:
 
 def _add_reflection_triples(commands) -> None:
     words = "source, result and verdict: edited by own systems, scored alone, decided, edited again, audited, balanced"
-    parser = _command(commands, "reflection-triples", words, run_reflection_triples)
+    parser = _command(commands, "reflection-triples", words, "run_reflection_triples")
     add = parser.add_argument
     add("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction, best with a target too")
     _folder(parser)
@@ -306,8 +158,32 @@ def _add_reflection_triples(commands) -> None:
     add("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
 
 
+def _add_from_traces(commands) -> None:
+    words = "saved runs and what you said of them (`feedback`) -> records; no model is asked"
+    parser = _command(commands, "from-traces", words, "run_from_traces")
+    parser.add_argument("traces", type=Path, nargs="+", metavar="PATH", help="run folders, PNGs of Save Trace, folders of such")
+    _folder(parser)
+    parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="sources kept for validation (0.02)")
+    parser.add_argument("--license", metavar="TEXT", help="noted in every record")
+    parser.add_argument("--retry", action="store_true", help="read again what was rejected before")
+
+
+def _add_feedback(commands) -> None:
+    words = "say what you think of a saved run, round by round; it is kept beside the run"
+    parser = _command(commands, "feedback", words, "run_feedback")
+    add = parser.add_argument
+    add("trace", type=Path, metavar="TRACE", help="a run's folder, or a PNG of Save Trace")
+    add("--round", type=whole(1, 1000), metavar="N", help="which round, counted from 1")
+    add("--accept", action="store_true", help="the result is as it should be")
+    add("--reject", action="store_true", help="the result is good for nothing")
+    add("--correct", metavar="TEXT", help="one more edit of the result would put it right: this one")
+    add("--reason", metavar="TEXT", help="what you see; needed where the reflector said something else")
+    add("--score", type=real(0, 10), metavar="X", help="agreement with the description; needed where its score is wrong")
+    add("--thought", metavar="TEXT", help="what thinking should have made of your words")
+
+
 def _add_mini_seeds(commands) -> None:
-    parser = _command(commands, "mini-seeds", "draw seeds of the miniature world, to try a pipeline on", run_mini_seeds)
+    parser = _command(commands, "mini-seeds", "draw seeds of the miniature world, to try a pipeline on", "run_mini_seeds")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--count", type=whole(1, 10**6), default=20, metavar="N", help="(20)")
     parser.add_argument("--seed", type=whole(0, 2**20), default=0, metavar="S", help="(0)")
