@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from reasonedit.reasonedit_core.mini.judge import judge, read
 from reasonedit.reasonedit_core.mini.verdicts import assess_picture
 from reasonedit.reasonedit_core.types import Edited
 from reasonedit.tests.label_tools import (
+    PROMPTS,
     QUICK,
     FakeServer,
     Killed,
@@ -27,9 +30,11 @@ from reasonedit.tests.label_tools import (
     join_requests,
     without_times,
 )
+from reasonedit.tests.tiny import tiny_checkpoint
 from reasonedit.training.data.label import session
-from reasonedit.training.data.label.annotators import EndpointAnnotator, shown
+from reasonedit.training.data.label.annotators import EndpointAnnotator, Question, shown
 from reasonedit.training.data.label.cli import main
+from reasonedit.training.data.label.commands import _own
 from reasonedit.training.data.label.editors import LoadedSystem, SystemEditor
 from reasonedit.training.data.label.journal import read_journal
 from reasonedit.training.data.label.reflection_triples import Options, ReflectionTriples, attempts, balanced
@@ -350,3 +355,30 @@ def test_a_system_edits_as_the_first_round_of_the_loop_would(tmp_path, monkeypat
     request, instruction, seed = calls[0]
     assert (request.seed, request.steps, request.guidance, instruction, seed) == (5, 8, 6.0, "invert it", 5)
     assert torch.equal(request.image[0, :, 0, 0], torch.tensor([10, 20, 30]) / 255)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Tiny random weights that edit in two steps."""
+    folder = tmp_path_factory.mktemp("tiny") / "weights"
+    shutil.copytree(tiny_checkpoint("step1x-v1p2"), folder)
+    settings = {"steps": 2, "size_level": 64, "conditioner_pixels": [3136, 3136], "reasoner_pixels": [3136, 3136]}
+    (folder / "reasonedit.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_real_system_edits_for_the_pipeline(tmp_path, drawn, weights, capsys):
+    command = ["reflection-triples", str(drawn[0]), "--world", str(drawn[0].parent), "--out", str(tmp_path / "out")]
+    command += ["--editor", f"reasonedit-s={weights}", "--edits", "1", "--limit", "1", "--negatives", "0", "--ratio", "all"]
+    assert main([*command, "--quiet"]) == 0
+    (record,) = read_records(tmp_path / "out")
+    assert record.reflect.verdict == "failed"  # random weights paint noise, which the judge reads as a spoiled picture
+    assert record.provenance[1].model == "reasonedit-s:weights" and record.images.generated.size == (96, 96)
+
+
+def test_the_own_mllm_annotates_in_process(drawn, weights):
+    annotator = _own(weights)
+    prompt = replace(PROMPTS["classify"], max_tokens=4)
+    picture = read_seeds(drawn[0], 1)[0].picture("input")
+    answer = annotator.answer(Question(prompt, {"instruction": "Paint it."}, (picture,)), threading.Event())
+    assert isinstance(answer.text, str) and (annotator.name, annotator.endpoint) == ("weights", "local")
