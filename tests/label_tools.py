@@ -137,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, _message({"content": value}))
             case "refusal":
                 self._send(200, _message({"content": None, "refusal": "I would rather not."}))
+            case "cut":
+                self._send(200, _message({"content": '{"class": "cl'}, "length"))
             case "filtered":
                 self._send(200, _message({"content": ""}, "content_filter"))
             case _:

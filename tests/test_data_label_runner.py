@@ -77,7 +77,10 @@ def ask(folder: Path, annotator, picture, *instructions: str, limits: Limits = Q
 # ---- what an endpoint does
 
 
-@pytest.mark.parametrize("fault", ["status:429", "status:429,0", "status:500", "status:503,0", "truncated", "raw:<html>"])
+PASSING = ["status:429", "status:429,0", "status:500", "status:503,0", "truncated", "raw:<html>", 'raw:{"choices": []}']
+
+
+@pytest.mark.parametrize("fault", [*PASSING, 'raw:{"error": "busy"}', 'raw:{"choices": [{"message": null}]}'])
 def test_what_may_pass_is_asked_again(tmp_path, picture, fault):
     with FakeServer(Fixed(), tmp_path / "seen", lambda number, question: fault if number < 3 else None) as server:
         found, runner = ask(tmp_path, EndpointAnnotator(server.url, "m"), picture, "red")
@@ -176,6 +179,14 @@ def test_bounded_attempts_end_in_a_reject_with_its_reason_which_a_restart_keeps(
         assert found == ["clear", "clear"] and len(server.asked) == requests + 2
     entries = read_journal(tmp_path / "journal.jsonl").entries.values()
     assert all(entry.done for entry in entries)
+
+
+def test_an_answer_that_was_cut_off_says_so_and_can_have_more_room(tmp_path, picture):
+    with FakeServer(Fixed(), tmp_path / "seen", lambda number, question: "cut") as server:
+        found, _ = ask(tmp_path, EndpointAnnotator(server.url, "m", extra_tokens=1000), picture, "red")
+    (entry,) = read_journal(tmp_path / "journal.jsonl").entries.values()
+    assert found == ["classify: malformed"] and "cut off" in entry.note and "--extra-tokens" in entry.note
+    assert {payload["max_tokens"] for payload in server.payloads} == {CLASSIFY.max_tokens + 1000}
 
 
 @pytest.mark.parametrize(("fault", "words"), [("status:401", "valid key"), ("status:404", "Check the address")])

@@ -66,11 +66,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Raw text. tokens_in, tokens_out: as stated, 0 where they are not."""
+    """Raw text. tokens_in, tokens_out: as stated, 0 where they are not; cut: the room for it came to an end before it did."""
 
     text: str
     tokens_in: int = 0
     tokens_out: int = 0
+    cut: bool = False
 
 
 class Passing(Exception):
@@ -101,18 +102,26 @@ class Annotator(Protocol):
 
 
 class EndpointAnnotator:
-    """Asks `model` at a chat endpoint. timeout: seconds between two pieces of an answer; api_key: as `Endpoint` takes it.
+    """Asks `model` at a chat endpoint. timeout: seconds between two pieces of an answer; api_key: as `Endpoint` takes it;
+    extra_tokens: room beyond that of the prompt, for models that think before they answer.
 
     Pictures go as data URLs: PNG and JPEG files of at most `max_side` pixels as they are, others upright and scaled down.
     """
 
     def __init__(
-        self, url: str, model: str, *, api_key: str | None = None, timeout: float = 120.0, max_side: int = MAX_SIDE
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_side: int = MAX_SIDE,
+        extra_tokens: int = 0,
     ) -> None:
         if not model.strip():
             raise ConfigError("--model: expected the name of a model at the endpoint, found none. Every record states it.")
         self._endpoint = Endpoint(url, api_key=api_key, timeout=timeout, pause=1.0, refused=set())
-        self.name, self.endpoint, self._max_side = model, self._endpoint.base, max_side
+        self.name, self.endpoint, self._max_side, self._extra = model, self._endpoint.base, max_side, extra_tokens
 
     def payload(self, question: Question) -> dict[str, Any]:
         """What is sent."""
@@ -126,7 +135,7 @@ class EndpointAnnotator:
                 {"role": "system", "content": prompt.system},
                 {"role": "user", "content": [*content, {"type": "text", "text": question.words}]},
             ],
-            "max_tokens": prompt.max_tokens,
+            "max_tokens": prompt.max_tokens + self._extra,
             "temperature": prompt.temperature,
             "seed": question.seed,
             "response_format": {"type": "json_schema", "json_schema": schema},
@@ -162,16 +171,15 @@ def read_body(body: Mapping[str, Any]) -> Answer:
         message, reason = choice["message"], choice.get("finish_reason")
         content, refusal = message.get("content"), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError):
-        if body.get("error"):  # some services say 200 and put the error into the body
-            raise PassingFault(f"an error with status 200: {excerpt(str(body['error']))}", "Look at its log.") from None
-        raise FatalFault(f"no choices[0].message: {excerpt(str(body))}", WRONG_ADDRESS) from None
+        # Some services say 200 and put an error into the body, or nothing; where all do, the runner gives up soon enough.
+        raise PassingFault(f"no choices[0].message: {excerpt(str(body))}", WRONG_ADDRESS) from None
     if refusal:
         raise Refused(str(refusal)[:500])
     if reason == "content_filter":
         raise Refused("the service's filter kept the answer back")
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    return Answer(content if isinstance(content, str) else "", *tokens)
+    return Answer(content if isinstance(content, str) else "", *tokens, cut=reason == "length")
 
 
 def data_url(path: Path, max_side: int) -> str:

@@ -122,6 +122,7 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
     add("--attempts", type=whole(1, 100), default=4, metavar="N", help="per question at most (4)")
     add("--pause", type=real(0, 3600), default=2.0, metavar="S", help="seconds before a second attempt, then doubled (2)")
     add("--max-side", type=whole(28, 8192), default=1024, metavar="PX", help="long side of a picture that is sent (1024)")
+    add("--extra-tokens", type=whole(0, 1_000_000), default=0, metavar="N", help="room for models that think first (0)")
     add("--price", metavar="IN,OUT", help="of a million tokens, to state the cost")
     add("--retry", action="store_true", help="ask again what was rejected before")
     add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")

@@ -178,7 +178,8 @@ def _annotator(args: argparse.Namespace, url: str | None, model: str | None, env
     key = os.environ.get(env) if env else None
     if env and env != KEY_VARIABLE and not key:
         raise ConfigError(f"--{what}api-key-env: expected a key in the environment variable {env}, found none. Set it.")
-    return EndpointAnnotator(url, model, api_key=key, timeout=args.timeout, max_side=args.max_side)
+    options = {"timeout": args.timeout, "max_side": args.max_side, "extra_tokens": args.extra_tokens}
+    return EndpointAnnotator(url, model, api_key=key, **options)
 
 
 def _ratio(text: str) -> list[int]:

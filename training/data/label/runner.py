@@ -182,6 +182,7 @@ class Runner:
         dice = random.Random(key)
         for attempt in range(1, self.limits.attempts + 1):
             spent.attempts = attempt
+            answer = None
             try:
                 answer = await self._once(question.again(attempt - 1, fault), annotator, spent)
                 self._silent = 0
@@ -189,7 +190,8 @@ class Runner:
                 told = value.model_dump(mode="json", by_alias=True)
                 return replace(head, status=DONE, value=told, time=_now(), **spent.told())
             except MalformedReply as error:
-                fault, rejected = str(error), ("malformed", str(error)[:500])
+                more = " It was cut off: give answers more room (--extra-tokens)." if answer is not None and answer.cut else ""
+                fault, rejected = str(error), ("malformed", str(error)[:500] + more)
                 log.debug("%s of %s: attempt %d cannot be read: %s", question.prompt.id, item, attempt, error)
             except Refused as error:
                 self._silent = 0
