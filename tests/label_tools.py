@@ -27,7 +27,7 @@ from reasonedit.training.data.label.prompts import load_prompts
 from reasonedit.training.data.label.runner import Limits
 
 PROMPTS = {**load_prompts("thinking_pairs"), **load_prompts("reflection_triples")}
-QUICK = Limits(concurrency=3, timeout=5.0, attempts=4, pause=0.001)
+QUICK = Limits(concurrency=3, timeout=60.0, attempts=4, pause=0.001)  # a busy machine is no fault of the endpoint
 _VALUE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
 
 
