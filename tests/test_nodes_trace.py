@@ -180,7 +180,7 @@ def test_files_without_a_whole_trace_say_so(tmp_path):
 
 
 def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracefile, "LARGEST", 1000)
+    monkeypatch.setattr("reasonedit.reasonedit_core.tracefile.LARGEST", 1000)
     path = tmp_path / "t.png"
     path.write_bytes(tracefile.encode(to_pil(SOURCE), (made(0),), {}))
     with pytest.raises(DataError, match="more than 1000 bytes"):

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # A module imports what stands in a line above its own, or its own room. A module that is in no line fails the test.
 ORDER = (
     {"types", "errors"},
-    {"counting", "frames", "interfaces", "files", "packing"},
+    {"counting", "frames", "interfaces", "files", "packing", "tracefile"},
     {"dialogue", "kernels", "flow", "images", "latents", "offload", "settings", "sheet", "sizes", "weightfiles"},
     {"detect", "fp8", "keymaps"},
     {"lora_keys", "mini", "parts"},

@@ -49,20 +49,27 @@ class Endpoint:
         tries = 0
         while True:
             try:
-                return self._once(path, payload, read)
-            except _Refused as refused:
-                self._refused.add(refused.field)
-                log.info("%s does not take %r: it is left out from now on", self.base, refused.field)
+                return self.once(path, payload, read)
             except PassingFault as fault:
                 tries += 1
                 if tries > 1:
                     raise self._failed(path, f"{fault} (twice)", fault.advice) from None
                 if not dropped.is_set():
-                    log.warning("%s%s: %s; trying once more", self.base, path, self._hidden(str(fault)))
+                    log.warning("%s%s: %s; trying once more", self.base, path, self.hidden(str(fault)))
                 if dropped.wait(self._pause if fault.pause is None else min(fault.pause, MAX_PAUSE)):
                     raise Interrupted(f"{self.base}: the question was dropped.") from fault
             except FatalFault as fault:
                 raise self._failed(path, str(fault), fault.advice) from None
+
+    def once(self, path: str, payload: dict | None, read: Callable[[Any], Any]) -> Any:
+        """Send a request and `read` its response, for callers with a patience of their own: one try, but for fields that the
+        service refuses. Raises PassingFault and FatalFault, whose text may repeat the key: show it through `hidden`."""
+        while True:
+            try:
+                return self._once(path, payload, read)
+            except _Refused as refused:
+                self._refused.add(refused.field)
+                log.info("%s does not take %r: it is left out from now on", self.base, refused.field)
 
     def _once(self, path: str, payload: dict | None, read: Callable[[Any], Any]) -> Any:
         fields = None if payload is None else {k: v for k, v in payload.items() if k not in self._refused}
@@ -80,12 +87,13 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             raise _network_fault(error, self._timeout) from error
 
-    def _hidden(self, text: str) -> str:
+    def hidden(self, text: str) -> str:
+        """`text` without the key."""
         return text.replace(self._key, "***") if self._key else text
 
     def _failed(self, path: str, found: str, advice: str) -> ReasonerError:
         # Raised `from None`: the fault behind it holds the answer as it came, and an answer may repeat the key.
-        return ReasonerError(f"{self.base}{path}: expected an answer in JSON, found {self._hidden(found)}. {advice}")
+        return ReasonerError(f"{self.base}{path}: expected an answer in JSON, found {self.hidden(found)}. {advice}")
 
 
 def json_body(response, dropped) -> dict:
@@ -114,9 +122,11 @@ def json_body(response, dropped) -> dict:
 
 
 class _Fault(Exception):
-    def __init__(self, found: str, advice: str, pause: float | None = None) -> None:
+    """pause: seconds that the service asks for; status: of an HTTP answer."""
+
+    def __init__(self, found: str, advice: str, pause: float | None = None, status: int | None = None) -> None:
         super().__init__(found)
-        self.advice, self.pause = advice, pause
+        self.advice, self.pause, self.status = advice, pause, status
 
 
 class PassingFault(_Fault):
@@ -125,6 +135,10 @@ class PassingFault(_Fault):
 
 class FatalFault(_Fault):
     """Will be the same at the next try."""
+
+
+class TimedOut(FatalFault):
+    """No answer in time. Asking again would make a person wait as long once more; a queue of questions has the time."""
 
 
 class _Refused(Exception):
@@ -151,25 +165,24 @@ def _http_fault(error: urllib.error.HTTPError, fields: dict) -> Exception:
         for field, words in _OPTIONAL.items():
             if field in fields and any(word in body for word in words):
                 return _Refused(field)
-        return FatalFault(
-            found, "The endpoint does not take the question; look at its log (is it a model that takes pictures?)."
-        )
-    if error.code == 429:
-        return PassingFault(found, "Wait, or raise the endpoint's limit.", _retry_after(error.headers.get("Retry-After")))
-    if error.code >= 500:
-        return PassingFault(found, "Look at the endpoint's log.", _retry_after(error.headers.get("Retry-After")))
+        advice = "The endpoint does not take the question; look at its log (is it a model that takes pictures?)."
+        return FatalFault(found, advice, status=error.code)
+    if error.code == 429 or error.code >= 500:
+        advice = "Wait, or raise the endpoint's limit." if error.code == 429 else "Look at the endpoint's log."
+        return PassingFault(found, advice, _retry_after(error.headers.get("Retry-After")), error.code)
     if error.code in (401, 403):
-        return FatalFault(found, "Put a valid key into the environment variable REASONEDIT_API_KEY.")
+        advice = "Put a valid key into the environment variable REASONEDIT_API_KEY."
+        return FatalFault(found, advice, status=error.code)
     if 300 <= error.code < 400:
         return FatalFault(f"{found} to {error.headers.get('Location')}", "Give that address instead.")
     if error.code in (404, 405):
-        return FatalFault(found, f"{WRONG_ADDRESS} Is the named model loaded there?")
-    return FatalFault(found, "Look at the endpoint's log.")
+        return FatalFault(found, f"{WRONG_ADDRESS} Is the named model loaded there?", status=error.code)
+    return FatalFault(found, "Look at the endpoint's log.", status=error.code)
 
 
 def _network_fault(error: BaseException | str, timeout: float) -> _Fault:
     if isinstance(error, TimeoutError):
-        return FatalFault(f"no answer within {timeout:g} s", "Raise the timeout, or see whether the endpoint is overloaded.")
+        return TimedOut(f"no answer within {timeout:g} s", "Raise the timeout, or see whether the endpoint is overloaded.")
     if isinstance(error, ConnectionRefusedError):
         return FatalFault("a refused connection", "Start the endpoint, or correct host and port.")
     if isinstance(error, ConnectionError | http.client.HTTPException):

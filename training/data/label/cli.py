@@ -1,0 +1,195 @@
+"""The command `reasonedit-data`: records made by asking an annotator, or out of what an artist has said of saved runs.
+
+Exit codes: 0 done; 2 an error, told in a sentence or two, or records that `check` finds faults in; 130 stopped by Ctrl-C.
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ....reasonedit_core.cli import DTYPES, explain, real, whole
+from ....reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
+    debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
+    ours = logging.getLogger(__package__.partition(".")[0])
+    level = ours.level
+    try:
+        args = build_parser().parse_args(argv)
+        debug = debug or args.debug
+        ours.setLevel(logging.DEBUG if debug else logging.WARNING)
+        from . import commands
+
+        return getattr(commands, args.run)(args)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return EXIT_INTERRUPTED
+    except Interrupted as error:
+        say(f"stopped: {error}")
+        return EXIT_INTERRUPTED
+    except ReasonEditError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        return EXIT_ERROR
+    except Exception as error:
+        words = None if debug else explain(error)
+        if words is None:
+            raise
+        say(f"error: {words}")
+        return EXIT_ERROR
+    finally:
+        ours.setLevel(level)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr. What a model wrote must not move the cursor."""
+    print(f"reasonedit-data: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` with codes in the place of characters that a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. A further pipeline is one more function in the list."""
+    parser = _Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for add in (_add_thinking_pairs, _add_reflection_triples, _add_from_traces, _add_feedback, _add_mini_seeds):
+        add(commands)
+    return parser
+
+
+# ---- options -------------------------------------------------------------------------------------------------------------
+
+KEY_VARIABLE = "REASONEDIT_APIKEY_VARIABLE"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of printing the whole usage; no abbreviated options, which break when options are added."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
+
+
+def _command(commands, name: str, words: str, run: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and log in detail (or REASONEDIT_DEBUG=1)")
+    parser.set_defaults(run=run, command=name)
+    return parser
+
+
+def _folder(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", required=True, type=Path, metavar="DIR", help="for all that is written; to go on, the same again")
+    add("--dry-run", action="store_true", help="print the first request; send and write nothing")
+    add("--sample", type=whole(0, 10_000), default=0, metavar="N", help="write sample.html with N records (0: none)")
+
+
+def _asking(parser: argparse.ArgumentParser, second: str) -> None:
+    add = parser.add_argument
+    add("--url", metavar="ADDRESS", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="the model's name there; it stands in every record")
+    add("--api-key-env", default=KEY_VARIABLE, metavar="VAR", help=f"environment variable that holds the key ({KEY_VARIABLE})")
+    add("--mllm", type=Path, metavar="DIR", help="in place of an endpoint: a Qwen2.5-VL folder, in this process")
+    add("--world", type=Path, metavar="DIR", help="in place of an endpoint: the truth about the seeds of `mini-seeds`")
+    add("--second-url", metavar="ADDRESS", help=f"the {second}'s endpoint (that of --url)")
+    add("--second-model", metavar="NAME", help=f"the {second}'s model")
+    add("--second-api-key-env", metavar="VAR", help="(that of --api-key-env)")
+    add("--second-mllm", type=Path, metavar="DIR", help=f"in place of an endpoint: the {second} in this process")
+    add("--concurrency", type=whole(1, 1024), default=4, metavar="N", help="requests at a time (4)")
+    add("--per-minute", type=real(0.001, 1e6), metavar="N", help="requests begun in a minute at most (any number)")
+    add("--timeout", type=real(0.001, 86400), default=120.0, metavar="S", help="seconds of one request (120)")
+    add("--attempts", type=whole(1, 100), default=4, metavar="N", help="per question at most (4)")
+    add("--pause", type=real(0, 3600), default=2.0, metavar="S", help="seconds before a second attempt, then doubled (2)")
+    add("--max-side", type=whole(28, 8192), default=1024, metavar="PX", help="long side of a picture that is sent (1024)")
+    add("--extra-tokens", type=whole(0, 1_000_000), default=0, metavar="N", help="room for models that think first (0)")
+    add("--price", metavar="IN,OUT", help="of a million tokens, to state the cost")
+    add("--retry", action="store_true", help="ask again what was rejected before")
+    add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")
+
+
+def _add_thinking_pairs(commands) -> None:
+    words = "instructions -> what is to be painted: sorted, taken apart or made abstract, verified, deduplicated, split"
+    parser = _command(commands, "thinking-pairs", words, "run_thinking_pairs")
+    parser.add_argument("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction")
+    _folder(parser)
+    _asking(parser, "verifier")
+    parser.add_argument("--keep-clear", type=real(0, 1), default=0.36, metavar="X", help="clear ones left as they are (0.36)")
+    parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
+
+
+def _add_reflection_triples(commands) -> None:
+    words = "source, result and verdict: edited by own systems, scored alone, decided, edited again, audited, balanced"
+    parser = _command(commands, "reflection-triples", words, "run_reflection_triples")
+    add = parser.add_argument
+    add("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction, best with a target too")
+    _folder(parser)
+    add("--editor", action="append", default=[], metavar="SYSTEM=DIR", help="reasonedit-s=DIR, mini-s, ...; several times")
+    add("--edits", type=whole(1, 1000), default=2, metavar="N", help="seeds per picture and editor (2)")
+    add("--edit-steps", type=whole(1, 1000), action="append", metavar="N", help="sampling steps; several times")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the editors")
+    add("--dtype", choices=DTYPES, default="auto", help="of the editors")
+    _asking(parser, "judge")
+    add("--no-audit", action="store_true", help="no second judge")
+    add("--negatives", type=real(0, 1), default=0.5, metavar="X", help="seeds that get a planted negative (0.5)")
+    add("--success-at", type=real(0, 10), default=8.0, metavar="X", help="least score of a success (8)")
+    add("--failed-at", type=real(0, 10), default=7.0, metavar="X", help="most of a failure (7)")
+    add("--gain", type=real(0, 10), default=1.0, metavar="X", help="by which a second instruction must raise the score (1)")
+    add("--ratio", default="3:1:1", metavar="S:R:F", help="success, reflection, failed in what is written, or all (3:1:1)")
+    add("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
+
+
+def _add_from_traces(commands) -> None:
+    words = "saved runs and what you said of them (`feedback`) -> records; no model is asked"
+    parser = _command(commands, "from-traces", words, "run_from_traces")
+    parser.add_argument("traces", type=Path, nargs="+", metavar="PATH", help="run folders, PNGs of Save Trace, folders of such")
+    _folder(parser)
+    parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="sources kept for validation (0.02)")
+    parser.add_argument("--license", metavar="TEXT", help="noted in every record")
+    parser.add_argument("--retry", action="store_true", help="read again what was rejected before")
+
+
+def _add_feedback(commands) -> None:
+    words = "say what you think of a saved run, round by round; it is kept beside the run"
+    parser = _command(commands, "feedback", words, "run_feedback")
+    add = parser.add_argument
+    add("trace", type=Path, metavar="TRACE", help="a run's folder, or a PNG of Save Trace")
+    add("--round", type=whole(1, 1000), metavar="N", help="which round, counted from 1")
+    add("--accept", action="store_true", help="the result is as it should be")
+    add("--reject", action="store_true", help="the result is good for nothing")
+    add("--correct", metavar="TEXT", help="one more edit of the result would put it right: this one")
+    add("--reason", metavar="TEXT", help="what you see; needed where the reflector said something else")
+    add("--score", type=real(0, 10), metavar="X", help="agreement with the description; needed where its score is wrong")
+    add("--thought", metavar="TEXT", help="what thinking should have made of your words")
+
+
+def _add_mini_seeds(commands) -> None:
+    parser = _command(commands, "mini-seeds", "draw seeds of the miniature world, to try a pipeline on", "run_mini_seeds")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=whole(1, 10**6), default=20, metavar="N", help="(20)")
+    parser.add_argument("--seed", type=whole(0, 2**20), default=0, metavar="S", help="(0)")
+    parser.add_argument("--language", choices=("en", "zh"), help="(both)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
