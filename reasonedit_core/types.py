@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from .regions import GuidanceInterval, Region, RegionUse
+
 
 class Decision(StrEnum):
     """The outcome of a reflection. The value is what `trace.json` holds."""
@@ -29,6 +31,7 @@ class EditRequest:
     image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
     guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
     max_rounds: the largest number of edits. max_seconds: no round is started after this time.
+    region: denoise only what is edited; guidance_interval: guide only at some timesteps. Both are faster and not exact.
     """
 
     image: torch.Tensor
@@ -43,6 +46,8 @@ class EditRequest:
     max_seconds: float | None = None
     think: bool = True
     reflect: bool = True
+    region: Region | None = None
+    guidance_interval: GuidanceInterval | None = None
 
 
 @dataclass(frozen=True, slots=True)
