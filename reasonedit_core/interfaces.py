@@ -119,8 +119,9 @@ class Denoiser(Protocol):
         """latents (B, N, C) packed; t (B,) in 0..1, 1 = noise -> prediction (B, N, C).
 
         keep (a `models.keyvalues.KeyValues`) and rows are for region-aware denoising, which asks them of a DiT alone. keep
-        without rows: the whole forward, whose keys and values replace those in `keep`. With rows (n,) int64 of the target: latents and prediction (B, n, C) are of these
-        tokens; all others, references included, take part as `keep` holds them, and the rows' own are renewed in it.
+        without rows: the whole forward, whose keys and values replace those in `keep`. With rows (n,) int64 of the target:
+        latents and prediction (B, n, C) are of these tokens; all others, references included, take part as `keep` holds them,
+        and the rows' own are renewed in it.
         """
         ...
 

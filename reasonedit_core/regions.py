@@ -51,7 +51,7 @@ class Decay:
             )
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
         if not falling or not 0 <= self.sigmas[-1] < self.sigmas[0] <= 1:
-            raise ConfigError(f"the sigmas of a decay fall within 1..0, found {list(self.sigmas)}. Fit it anew with bench.decay.")
+            raise ConfigError(f"the sigmas of a decay fall within 1..0, found {[*self.sigmas]}. Fit it anew with bench.decay.")
         if not all(0 < x < math.inf for x in self.gammas) or not all(0 <= x < math.inf for x in self.drifts):
             raise ConfigError(
                 "the gammas of a decay are positive and its drifts not negative, found "
@@ -164,8 +164,9 @@ class Region:
 
     def record(self) -> dict[str, Any]:
         """For the trace: what was asked, without the mask's pixels."""
-        names = ("threshold", "erode", "dilate", "first", "last", "refresh", "every")
+        names = ("threshold", "erode", "dilate", "first", "last", "every")
         made = {"mode": self.mode, **{name: getattr(self, name) for name in names}}
+        made["refresh"] = None if self.refresh is None else [*self.refresh]
         if self.decay is not None:
             made |= {"tolerance": self.tolerance, "decay": self.decay.about}
         return made

@@ -45,6 +45,10 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         "think": asked.think,
         "reflect": asked.reflect,
     }
+    if asked.region is not None:
+        request["region"] = asked.region.record()
+    if asked.guidance_interval is not None:
+        request["guidance_interval"] = [asked.guidance_interval.low, asked.guidance_interval.high]
     return {
         "version": TRACE_VERSION,
         "request": {**request, **(run or {})},
@@ -152,7 +156,7 @@ class RunFolder:
 
 
 def _round_record(done: Round) -> dict[str, Any]:
-    seen = done.reflection
+    seen, used = done.reflection, done.edited.region
     return {
         "index": done.index,
         "instruction": done.instruction,
@@ -163,6 +167,7 @@ def _round_record(done: Round) -> dict[str, Any]:
         "next_instruction": seen.instruction if seen else None,
         "scores": _scores_record(seen.scores) if seen else None,
         "seconds": round(done.seconds, 3),
+        **({} if used is None else {"region": used.record()}),
     }
 
 

@@ -93,12 +93,13 @@ class Edited:
     image: (1, 3, H, W) in 0..1 at the size the policy asks for (source size, or generated size).
     generated: (1, 3, h, w) the decoded picture at the generated size. latents: (1, T, C) its packed, normalised latents,
     which a chained round uses as reference so that no second VAE pass or resize degrades the picture; None for a picture
-    that another editor made.
+    that another editor made. region: what was made of the steps, where a region or an interval of guidance was asked for.
     """
 
     image: torch.Tensor
     generated: torch.Tensor
     latents: torch.Tensor | None
+    region: RegionUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

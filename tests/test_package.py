@@ -36,7 +36,7 @@ ORDER = (
     {"weights", "lora"},
     {"conditioners", "denoisers", "reasoners"},
     {"generator", "loop"},
-    {"geometry", "report"},
+    {"geometry", "region_options", "report"},
     {"load"},
     {"run"},
     {"demo", "demo_random", "doctor", "download"},

@@ -44,7 +44,7 @@ class KeyValues:
             self.clear()
             return _Recording(self, attend), rope
         if not self.layers:
-            raise ConfigError("some rows of a forward were asked for, found no keys and values of the others. Run it whole first.")
+            raise ConfigError("rows: expected kept keys and values of the other tokens, found none. Run it whole first.")
         places = torch.cat([torch.arange(n_text, device=rows.device), rows + n_text])
         return _Partial(self, attend, places, rope), _select(rope, places)
 
