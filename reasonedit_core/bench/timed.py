@@ -16,12 +16,12 @@ from .worker import ArmFailed, Worker
 
 OURS = "ours, full path"
 STOCK = "stock generate, five questions in a row"
-NO_REGION = "region-aware denoising (denoisers/region.py), which does not exist yet"
 NO_CUDA = "no CUDA device"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
 LEVEL = 256
-REGION_SHARE = 0.25
+REGION_SHARE, REGION_STEPS = 0.25, 28
+"""The share of the picture that a mask says is edited, and steps, of which 9 are made in full."""
 
 Tell = Callable[[str], None]
 
@@ -175,7 +175,7 @@ def picture_difference(folder: str, other: str) -> float | None:
 
 
 def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
-    """Edits of ReasonEdit-S and -Q and a reflection. folder: where checkpoints and pictures are written."""
+    """Edits of ReasonEdit-S and -Q, also with a region, and a reflection. folder: for checkpoints and pictures."""
     from .small import INSTRUCTION, write_checkpoint, write_pictures
 
     common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
@@ -193,6 +193,8 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     return [
         edit_group_s(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, **more), peers, "small"),
         edit_group_q(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, **more), peers, "small"),
+        region_group(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, guidance=6.0, **more), "ReasonEdit-S, small"),
+        region_group(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, guidance=4.0, **more), "ReasonEdit-Q, small"),
         reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
     ]
 
@@ -210,7 +212,6 @@ def edit_group_s(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
         Arm(STEP1X, "reasonedit_core.bench.peer_step1x", job("released", **released), peers.step1x()),
         Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
         Arm(REGIONE, "reasonedit_core.bench.peer_step1x", peer_job, regione),
-        *(lacking(name, NO_REGION) for name in REGION_ARMS),
     ]
     return Group(f"edit, ReasonEdit-S, {size}", tuple(arms), (STEP1X, OURS))
 
@@ -223,6 +224,19 @@ def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
         Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
     )
     return Group(f"edit, ReasonEdit-Q, {size}", arms, (EDITPLUS, OURS))
+
+
+def region_group(job: Callable[..., dict[str, Any]], what: str) -> Group:
+    """Whole edits in 28 steps: the full path, and 9 steps of it with a quarter of the picture in the others.
+
+    The velocity cache takes every second velocity of the others again; what a model would let it reuse follows from weights,
+    and these are random. job: as for `edit_group_s`, but it knows of the guidance. what: system and size.
+    """
+    module, how = "reasonedit_core.bench.arms", {"arm": "edit", "steps": REGION_STEPS}
+    arms = [Arm(OURS, module, job("full-path", **how))]
+    for arm, reuse in zip(REGION_ARMS, (False, True), strict=True):
+        arms.append(Arm(arm, module, job(f"region-{reuse:d}", **how, region=REGION_SHARE, reuse=reuse)))
+    return Group(f"edit with a region, {what}", tuple(arms), (OURS,))
 
 
 def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
