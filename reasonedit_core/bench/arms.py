@@ -156,7 +156,15 @@ def _small_generator(job: Job) -> FlowGenerator:
     spec = SystemSpec(
         system=job["system"], weights=Path(job["folder"]), reasoner="none", dtype="float32", device=job["device"]
     )
-    return load_system(spec).generator
+    generator = load_system(spec).generator
+    if job.get("words"):
+        from .weights import GivenWords
+
+        config = generator.denoiser.transformer.config  # type: ignore[attr-defined]
+        width = config.get("connector_in_channels") or config.joint_attention_dim
+        words = GivenWords(job["device"], torch.float32, count=job["words"], width=width, quoted=0)
+        generator.conditioner = words  # type: ignore[assignment]
+    return generator
 
 
 def _full_generator(job: Job) -> FlowGenerator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, veloc
 
 LEVEL = 256
 REGION_SHARE, REGION_STEPS = 0.25, 28
-"""The share of the picture that a mask says is edited, and steps, of which 9 are made in full."""
+"""The share of the picture that a mask says is edited; steps, of which 9 are made in full."""
+
+REGION_LEVEL, REGION_WORDS = 384, 64
+"""Of the small edits with a region: pixels of a side, and text tokens. Every step computes the text, and the hundreds of tokens
+that the MLLM makes of a small picture would be most of a partial step; so would the fixed cost of each operator."""
 
 Tell = Callable[[str], None]
 
@@ -182,7 +187,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
 
     def job(name: str, system: str, weights: Path, **more: Any) -> dict[str, Any]:
-        out = folder / "out" / name
+        out = folder / "out" / system / name
         out.mkdir(parents=True)
         given = {"system": system, "folder": str(weights), "pictures": pictures, "out": str(out)}
         return {**common, **given, "steps": options.steps, "level": LEVEL, **more}
@@ -190,11 +195,13 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     s = write_checkpoint("step1x-v1p2", folder / "s")
     q = write_checkpoint("qwen-edit-plus", folder / "q")
     mllm = write_checkpoint("qwen2.5-vl", folder / "mllm")
+    larger = write_pictures(folder / "larger", options.runs, (REGION_LEVEL, REGION_LEVEL))
+    region = {"words": REGION_WORDS, "level": REGION_LEVEL, "pictures": larger}
     return [
-        edit_group_s(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, **more), peers, "small"),
-        edit_group_q(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, **more), peers, "small"),
-        region_group(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, guidance=6.0, **more), "ReasonEdit-S, small"),
-        region_group(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, guidance=4.0, **more), "ReasonEdit-Q, small"),
+        edit_group_s(lambda name, **more: job(name, "reasonedit-s", s, **more), peers, "small"),
+        edit_group_q(lambda name, **more: job(name, "reasonedit-q", q, **more), peers, "small"),
+        region_group(partial(job, system="reasonedit-s", weights=s, guidance=6.0, **region), "ReasonEdit-S, small"),
+        region_group(partial(job, system="reasonedit-q", weights=q, guidance=4.0, **region), "ReasonEdit-Q, small"),
         reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
     ]
 
