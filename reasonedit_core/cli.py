@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from .errors import ConfigError, Interrupted, ReasonEditError
 from .mini.models import MINIS, has_mini
-from .region_options import add_region_options, interval_of, region_of
+from .region_options import add_region_options, interval_of, region_of, step_cache_of
 
 SYSTEMS = ("reasonedit-s", "reasonedit-q")
 POLICIES = ("reasonedit", "released")
@@ -177,6 +177,7 @@ def run_edit(args: argparse.Namespace) -> int:
         reflect=args.reflect and has_reasoner,
         region=region,
         guidance_interval=interval,
+        step_cache=step_cache_of(args),
     )
     trace = run_to_folder(system, request, system.policy, folder, bars=bars, say=say)
     for done in trace.rounds:

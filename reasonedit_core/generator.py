@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from . import flow, images
 from . import latents as latent
 from .denoisers import join_conditionings
 from .denoisers.region import denoise
+from .denoisers.step_cache import PredictedSteps
 from .errors import ConfigError
 from .interfaces import Codec, Conditioner, Denoiser
 from .kernels import guided_step
@@ -167,6 +168,10 @@ class FlowGenerator:
         released: the picture comes back at the size of `picture` (S) or as generated (Q). Otherwise it has the exact size
         of the request's source, or with source_size=False that of the generation.
         """
+        if request.region is not None and request.step_cache is not None:
+            raise ConfigError(
+                "expected a region or a step cache, found both: a region has a cache of its own (its decay). Leave one out."
+            )
         pictures = (picture, *request.references)
         for number, image in enumerate(pictures):
             images.check_size(image.shape[-1], image.shape[-2], name="reference picture" if number else "the picture")
@@ -183,6 +188,9 @@ class FlowGenerator:
         noise = latent.pack(latent.draw_normal(shape, rng, dtype=dtype, device=cond.tokens.device))
         with self.mover("dit"):
             velocity, use = self._velocity(cond, uncond, request.guidance, grid, references, released), None
+            if request.step_cache is not None:
+                steps = PredictedSteps(velocity.predict, request.step_cache, request.steps)
+                velocity = replace(velocity, predict=steps)
             watched = {"on_step": on_step, "should_stop": should_stop}
             if request.region is None and request.guidance_interval is None:
                 result = flow.euler(velocity, noise, sigmas, **watched)

@@ -1,4 +1,4 @@
-"""The options of `reasonedit edit` that save work and cost exactness: regions and intervals of guidance."""
+"""The options of `reasonedit edit` that save work and cost exactness: regions, intervals of guidance, extrapolated steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .regions import GuidanceInterval, Region, read_decay
+from .regions import GuidanceInterval, Region, StepCache, read_decay
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def add_region_options(parser: argparse.ArgumentParser, whole: Number, real: Rea
     add("--region-decay", type=Path, metavar="FILE", help="reuse velocities by what bench.decay fitted to this model")
     add("--region-tolerance", type=real(0, 10), metavar="X", help="with it: the drift up to which one is reused (0.1)")
     add("--guidance-interval", type=real(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="guidance only there (1 is noise)")
+    add("--step-cache", type=whole(1, 1000), metavar="N", help="after 4 steps compute one of N, extrapolate the others")
 
 
 def region_of(args: argparse.Namespace, picture: torch.Tensor) -> Region | None:
@@ -61,6 +62,11 @@ def region_of(args: argparse.Namespace, picture: torch.Tensor) -> Region | None:
     if args.region_decay:
         given["decay"] = read_decay(args.region_decay)
     return Region(**given)
+
+
+def step_cache_of(args: argparse.Namespace) -> StepCache | None:
+    """The step cache, if one is asked for."""
+    return None if args.step_cache is None else StepCache(every=args.step_cache)
 
 
 def interval_of(args: argparse.Namespace) -> GuidanceInterval | None:

@@ -195,6 +195,28 @@ class GuidanceInterval:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCache:
+    """Compute only some steps; the velocities of the others are extrapolated from those before (`denoisers.step_cache`).
+
+    every: of so many steps one is computed; 1: all are. first, last: steps at the start (at least 1) and at the end that are
+    computed anyway. order: of the extrapolation; 0 takes the last velocity as it is. Raises ConfigError out of range.
+    """
+
+    every: int = 2
+    first: int = 4
+    last: int = 1
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("first", 1), ("last", 0), ("order", 0)):
+            _within(name, getattr(self, name), least, math.inf, "step cache")
+
+    def computes(self, step: int, steps: int) -> bool:
+        """Whether step `step` (from 0) of `steps` is computed."""
+        return step < self.first or step >= steps - self.last or (step - self.first + 1) % self.every == 0
+
+
+@dataclass(frozen=True, slots=True)
 class RegionUse:
     """What an edit made of its steps.
 
@@ -216,8 +238,8 @@ class RegionUse:
         return asdict(self)
 
 
-def _within(name: str, value: float | None, low: float, high: float) -> None:
+def _within(name: str, value: float | None, low: float, high: float, what: str = "region") -> None:
     if value is None or low <= value <= high:
         return
     bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    raise ConfigError(f"region: expected a value {bounds} for {name}, found {value}. Correct it or leave it out.")
+    raise ConfigError(f"{what}: expected a value {bounds} for {name}, found {value}. Correct it or leave it out.")

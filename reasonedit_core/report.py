@@ -49,6 +49,8 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         request["region"] = asked.region.record()
     if asked.guidance_interval is not None:
         request["guidance_interval"] = [asked.guidance_interval.low, asked.guidance_interval.high]
+    if asked.step_cache is not None:
+        request["step_cache"] = asdict(asked.step_cache)
     return {
         "version": TRACE_VERSION,
         "request": {**request, **(run or {})},

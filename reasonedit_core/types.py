@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from .regions import GuidanceInterval, Region, RegionUse
+    from .regions import GuidanceInterval, Region, RegionUse, StepCache
 
 
 class Decision(StrEnum):
@@ -31,7 +31,8 @@ class EditRequest:
     image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
     guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
     max_rounds: the largest number of edits. max_seconds: no round is started after this time.
-    region: denoise only what is edited; guidance_interval: guide only at some timesteps. Both are faster and not exact.
+    region: denoise only what is edited; guidance_interval: guide only at some timesteps; step_cache: extrapolate some steps
+    (not with a region). All are faster and not exact.
     """
 
     image: torch.Tensor
@@ -48,6 +49,7 @@ class EditRequest:
     reflect: bool = True
     region: Region | None = None
     guidance_interval: GuidanceInterval | None = None
+    step_cache: StepCache | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -18,10 +19,11 @@ from reasonedit.reasonedit_core.cli import main
 from reasonedit.reasonedit_core.denoisers.dit import Step1XDenoiser
 from reasonedit.reasonedit_core.denoisers.qwen_image import QwenImageDenoiser
 from reasonedit.reasonedit_core.denoisers.region import denoise
+from reasonedit.reasonedit_core.denoisers.step_cache import PredictedSteps
 from reasonedit.reasonedit_core.errors import ConfigError
 from reasonedit.reasonedit_core.load import SystemSpec, load_system
 from reasonedit.reasonedit_core.models.step1x_transformer import Step1XEditTransformer2DModel
-from reasonedit.reasonedit_core.regions import GuidanceInterval, Region, RegionUse, read_decay
+from reasonedit.reasonedit_core.regions import GuidanceInterval, Region, RegionUse, StepCache, read_decay
 from reasonedit.reasonedit_core.types import Conditioning, Counts, EditRequest, EditTrace, LatentImage, Round
 from reasonedit.tests import regions
 from reasonedit.tests.peer.recipe import draw
@@ -297,3 +299,59 @@ def test_counted_work_of_a_quarter_edited(name):
     partial = (found - 9 * one) / 19
     assert 0.18 < partial / one < 0.21
     assert found / exact < 0.46, "1 / 2.17 of the full path"
+
+
+# ---- step cache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", regions.SYSTEMS)
+def test_a_step_cache_that_computes_every_step_is_the_plain_edit(name):
+    assert torch.equal(edit(name, request(step_cache=StepCache(every=1))).latents, edit(name, request()).latents)
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 1), (3.0, 2)])
+def test_a_step_cache_computes_the_steps_it_says(guidance, passes):
+    """Of eight steps the first two, the last, and every third between: 0, 1, 4, 7."""
+    counts, asked = system("q").counts, request(steps=8, guidance=guidance, step_cache=StepCache(every=3, first=2, last=1))
+    before = counts.denoiser_forwards
+    edit("q", asked)
+    assert counts.denoiser_forwards - before == 4 * passes
+    assert [step for step in range(8) if asked.step_cache.computes(step, 8)] == [0, 1, 4, 7]
+
+
+def test_predicted_steps_go_on_in_a_straight_line():
+    """A velocity that changes evenly from step to step is extrapolated exactly, each pass from its own past."""
+    words, calls = [Conditioning(torch.zeros(1, 1, 1)) for _ in range(2)], []
+    slopes = [draw(f"slope {n}", (1, 3, 4)) for n in range(2)]
+
+    def predict(latents, sigma, conditioning):
+        calls.append(float(sigma))
+        return 1 + float(sigma) * slopes[conditioning is words[1]]
+
+    found = PredictedSteps(predict, StepCache(every=3, first=2, last=0), 9)
+    for step in range(9):
+        for n in range(2):
+            velocity = found(torch.zeros(1, 3, 4), torch.tensor([float(step)]), words[n])
+            torch.testing.assert_close(velocity, 1 + step * slopes[n], atol=1e-5, rtol=0)
+    assert calls == [0, 0, 1, 1, 4, 4, 7, 7]
+
+
+def test_interleaved_edits_with_step_caches_do_not_mix():
+    asked, other = (request(step_cache=StepCache(every=2, first=2)), request(seed=7, step_cache=StepCache(every=3, first=1)))
+    alone = edit("q", asked).latents
+    assert torch.equal(edit("q", asked, on_step=lambda i, n, x: i % 3 or edit("q", other)).latents, alone)
+
+
+def test_a_step_cache_and_a_region_are_not_mixed(folder, capsys):
+    with pytest.raises(ConfigError, match="expected a region or a step cache, found both"):
+        edit("s", request(region=Region(), step_cache=StepCache()))
+    with pytest.raises(ConfigError, match="step cache: expected a value of at least 1 for every, found 0"):
+        StepCache(every=0)
+    assert main(command("--region", "auto", "--step-cache", "2")) == 2
+    assert "found both" in capsys.readouterr().err
+
+
+def test_a_diffusers_without_taylorseer_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.hooks.taylorseer_cache", None)
+    with pytest.raises(ConfigError, match="expected a diffusers with TaylorSeer"):
+        edit("s", request(step_cache=StepCache()))
