@@ -172,6 +172,8 @@ class FlowGenerator:
             raise ConfigError(
                 "expected a region or a step cache, found both: a region has a cache of its own (its decay). Leave one out."
             )
+        if request.region is not None:
+            request.region.plan(request.steps)  # refused before anything is computed
         pictures = (picture, *request.references)
         for number, image in enumerate(pictures):
             images.check_size(image.shape[-1], image.shape[-2], name="reference picture" if number else "the picture")
