@@ -14,8 +14,8 @@ from ..reasonedit_core.loop import POLICIES
 from ..reasonedit_core.types import Edited, EditRequest
 from . import host
 from .host import EditedSocket, EditorSocket, io
-from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures
-from .widgets import generation_inputs, policy_input, seed_input
+from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures, to_regions
+from .widgets import generation_inputs, policy_input, region_inputs, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def edit_all(
     policy: str = "reasonedit",
     previous: Made | None = None,
     references: Sequence[torch.Tensor] = (),
+    region: str = "off",
+    region_mask: torch.Tensor | None = None,
     preview: Callable[[EditorHandle, int, int], Preview] | None = None,
     should_stop: Callable[[], bool] | None = None,
     **values,
@@ -68,12 +70,20 @@ def edit_all(
     """Edit every picture of an IMAGE, each with its own seed (seed + its index). values: steps, guidance, size, negative.
 
     previous: what an earlier Edit made; its latents are used when `image` is its very picture. references: IMAGEs, of one
-    picture for all or of one for each.
+    picture for all or of one for each. region: off, auto or mask; region_mask: MASKs (B, H, W) for the last, as references.
     """
     rules, pictures = POLICIES[policy], to_pictures(image)
     earlier = previous.behind(image) if previous is not None else None
+    regions = to_regions(region, region_mask, len(pictures))
     requests = [
-        editor.request(picture, instruction, seed=seed + n, references=_references(references, n, len(pictures)), **values)
+        editor.request(
+            picture,
+            instruction,
+            seed=seed + n,
+            references=_references(references, n, len(pictures)),
+            region=regions[n],
+            **values,
+        )
         for n, picture in enumerate(pictures)
     ]
     on_step = preview(editor, len(requests), requests[0].steps) if preview else None
@@ -135,6 +145,7 @@ class Edit(io.ComfyNode):
                 io.Image.Input(
                     "reference_3", optional=True, tooltip="A third picture to refer to (Qwen-Image-Edit-2509 and -2511 only)."
                 ),
+                *region_inputs(),
             ],
             outputs=[
                 io.Image.Output("out_image", display_name="image", tooltip="The edited picture, of the size of the input."),
@@ -167,6 +178,8 @@ class Edit(io.ComfyNode):
         previous=None,
         reference_2=None,
         reference_3=None,
+        region="off",
+        region_mask=None,
     ) -> io.NodeOutput:
         """Edit."""
         if previous is None and (remark := editor.remark(image)):
@@ -181,6 +194,8 @@ class Edit(io.ComfyNode):
                 policy=policy,
                 previous=previous,
                 references=[reference for reference in (reference_2, reference_3) if reference is not None],
+                region=region,
+                region_mask=region_mask,
                 preview=Preview,
                 should_stop=host.should_stop,
                 steps=steps,

@@ -23,6 +23,7 @@ from ..reasonedit_core.errors import ConfigError
 if TYPE_CHECKING:
     from ..reasonedit_core.generator import Plan
     from ..reasonedit_core.mllm.qwen25vl import QwenVL
+    from ..reasonedit_core.types import EditRequest
     from .sockets import EditorHandle
 
 UNKNOWN = 1 << 30
@@ -127,8 +128,8 @@ def reasoner_bytes(mllm: QwenVL, pixels: int = 1024 * 1024) -> int:
     return mllm_bytes(tokens, config, mllm.dtype.itemsize, rows=ROWS, cached=tokens + REPLY_TOKENS)
 
 
-def editor_bytes(editor: EditorHandle, plan: Plan) -> dict[str, int]:
-    """What one edit of the sizes of `plan` needs, by component."""
+def editor_bytes(editor: EditorHandle, plan: Plan, request: EditRequest | None = None) -> dict[str, int]:
+    """What one edit of the sizes of `plan` needs, by component. request: whether it has a region, whose keys are kept."""
     generator, mllm = editor.generator, editor.mllm
     transformer = generator.denoiser.transformer
     seen = sum(width * height for width, height in plan.mllm) // CELL + TEXT_TOKENS
@@ -137,8 +138,12 @@ def editor_bytes(editor: EditorHandle, plan: Plan) -> dict[str, int]:
     tokens = (output + sum(encoded)) // 256 + seen
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     vae = generator.codec.vae
+    kept = 0
+    if request is not None and request.region is not None:
+        layers = transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
+        kept = 2 * layers * tokens * width * mllm.dtype.itemsize * (2 if request.guidance > 1 else 1)
     return {
         "mllm": mllm_bytes(seen, mllm.config.get_text_config(), mllm.dtype.itemsize),
-        "dit": dit_bytes(tokens, width, mllm.dtype.itemsize),
+        "dit": dit_bytes(tokens, width, mllm.dtype.itemsize) + kept,
         "vae": vae_bytes(editor.system, max(output, *encoded), vae.dtype.itemsize),
     }

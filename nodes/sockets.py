@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ..reasonedit_core.errors import ConfigError
+from ..reasonedit_core.regions import Region
 from ..reasonedit_core.types import (
     Edited,
     EditRequest,
@@ -184,7 +185,7 @@ class EditorHandle:
 
         sizes = [(p.shape[-1], p.shape[-2]) for p in (picture, *request.references)]
         plan = self.generator.geometry.plan(sizes, request.size_level, keep=keep, released=released)
-        for component, needed in editor_bytes(self, plan).items():
+        for component, needed in editor_bytes(self, plan, request).items():
             self.mover.need(component, needed)
         return plan
 
@@ -331,6 +332,20 @@ def to_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
 def alpha_of(image: torch.Tensor) -> torch.Tensor | None:
     """The fourth channel (B, H, W, 1) in 0..1, or None."""
     return image[..., 3:].to(torch.float32).clamp(0, 1) if image.shape[-1] == 4 else None
+
+
+def to_regions(mode: str, mask: torch.Tensor | None, count: int) -> list[Region | None]:
+    """What region (off, auto or mask) each of `count` pictures is edited with. mask: a MASK (B, H, W), B being 1 or `count`."""
+    if mode != "mask":
+        return [None if mode == "off" else Region()] * count
+    if mask is None:
+        raise ConfigError("region_mask: expected a MASK where region is mask, found none. Wire one, or choose auto or off.")
+    if mask.ndim != 3 or len(mask) not in (1, count):
+        raise ConfigError(
+            f"region_mask: expected 1 mask or {count}, one for each picture to edit, found {tuple(mask.shape)}. Pick one."
+        )
+    masks = mask.to(torch.float32).clamp(0, 1)
+    return [Region(mask=masks[n if len(mask) == count else 0][None, None]) for n in range(count)]
 
 
 def to_image(pictures: Sequence[torch.Tensor], alpha: torch.Tensor | None = None) -> torch.Tensor:

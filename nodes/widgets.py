@@ -50,6 +50,29 @@ def generation_inputs() -> list[Any]:
     ]
 
 
+REGIONS = ("off", "auto", "mask")
+
+
+def region_inputs() -> list[Any]:
+    """Where to denoise: everywhere, where the edit turns out to be, or where a mask says."""
+    return [
+        io.Combo.Input(
+            "region",
+            list(REGIONS),
+            default="off",
+            optional=True,
+            tooltip="Faster, not exact: after some full steps only the part that is edited goes on. auto: found from the "
+            "picture; mask: what the mask marks; off: everything.",
+        ),
+        io.Mask.Input(
+            "region_mask",
+            optional=True,
+            tooltip="With region = mask: where the picture shall change, over the picture to edit. One for all or one for "
+            "each.",
+        ),
+    ]
+
+
 def no_text(name: str, value: Any, expected: str, remedy: str) -> bool | str:
     """The answer of `validate_inputs` for a text: a sentence when it is empty. A linked text is not known yet (None)."""
     if isinstance(value, str) and not value.strip():

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from .errors import ConfigError, Interrupted, ReasonEditError
 from .mini.models import MINIS, has_mini
+from .region_options import add_region_options, interval_of, region_of, step_cache_of
 
 SYSTEMS = ("reasonedit-s", "reasonedit-q")
 POLICIES = ("reasonedit", "released")
@@ -125,6 +126,7 @@ def run_edit(args: argparse.Namespace) -> int:
     if args.weights is None and args.system not in MINIS:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
     picture = load_image(args.image)
+    region, interval = region_of(args, picture.rgb), interval_of(args)
     references = tuple(load_image(path) for path in args.reference)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -173,6 +175,9 @@ def run_edit(args: argparse.Namespace) -> int:
         max_seconds=args.max_seconds,
         think=args.think and has_reasoner,
         reflect=args.reflect and has_reasoner,
+        region=region,
+        guidance_interval=interval,
+        step_cache=step_cache_of(args),
     )
     trace = run_to_folder(system, request, system.policy, folder, bars=bars, say=say)
     for done in trace.rounds:
@@ -310,6 +315,7 @@ def _add_edit(commands) -> None:
     add("--negative", metavar="TEXT", help="what the picture should not be")
     add("--seed", type=whole(0, MAX_SEED), default=0, metavar="N", help="of all random draws (0)")
     add("--reference", type=Path, nargs="+", default=[], metavar="IMAGE", help="further pictures, for systems that take them")
+    add_region_options(parser, whole, real)
     group = parser.add_argument_group("weights and devices")
     add = group.add_argument
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on the CPU")

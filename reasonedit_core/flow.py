@@ -131,17 +131,25 @@ def euler(
             latents = velocity.advance(latents, sigmas[i], sigmas[i + 1])
         else:
             v = velocity(latents, sigmas[i])
-            # The sum is made in float32 from latents kept in the model's dtype: that is what the released scheduler does.
-            latents = (latents.to(torch.float32) + (sigmas[i + 1] - sigmas[i]) * v).to(v.dtype)
+            latents = euler_step(latents, v, sigmas[i], sigmas[i + 1])
         if i in (0, n - 1):
-            _check_finite(latents, i + 1, n)
+            check_finite(latents, i + 1, n)
         if on_step is not None:
             on_step(i + 1, n, latents)
     return latents
 
 
-def _check_finite(latents: torch.Tensor, step: int, steps: int) -> None:
-    """Only the first and the last step are looked at: each look waits for the device."""
+def euler_step(
+    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+) -> torch.Tensor:
+    """latents and velocity (1, N, C) at sigma () -> latents at sigma_next (), in the dtype of the velocity."""
+    # The sum is made in float32 from latents kept in the model's dtype: that is what the released scheduler does.
+    return (latents.to(torch.float32) + (sigma_next - sigma) * velocity).to(velocity.dtype)
+
+
+def check_finite(latents: torch.Tensor, step: int, steps: int) -> None:
+    """Raise ReasonEditError for NaN and infinity. Only the first and the last step are looked at: each look waits for the
+    device."""
     bad = int((~torch.isfinite(latents)).sum())
     if bad:
         raise ReasonEditError(

@@ -12,14 +12,16 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
 from . import flow, images
 from . import latents as latent
 from .denoisers import join_conditionings
+from .denoisers.region import denoise
+from .denoisers.step_cache import PredictedSteps
 from .errors import ConfigError
 from .interfaces import Codec, Conditioner, Denoiser
 from .kernels import guided_step
@@ -118,7 +120,8 @@ class FlowGenerator:
 
     combine: the guidance rule. default_negative: the negative prompt when a request has none. batched_cfg: both guidance
     passes as one forward of batch two. mover: see `Mover`; None when everything stays where it is.
-    dtype: of latents and noise; None takes the dtype of the conditioning, as the released pipelines do.
+    dtype: of latents and noise; None takes the dtype of the conditioning, as the released pipelines do. likeness: the cosine
+    up to which a token counts as edited when a region is looked for (`Region.threshold`).
     """
 
     def __init__(
@@ -135,13 +138,14 @@ class FlowGenerator:
         batched_cfg: bool = False,
         mover: Mover | None = None,
         dtype: torch.dtype | None = None,
+        likeness: float = 0.88,
     ) -> None:
         self.conditioner, self.denoiser, self.codec, self.schedule = conditioner, denoiser, codec, schedule
         self.geometry, self.combine, self.default_negative = geometry, combine, default_negative
         self.counts = counts or Counts()
         self.batched_cfg = batched_cfg
         self.mover: Mover = mover or (lambda component: nullcontext())
-        self.dtype = dtype
+        self.dtype, self.likeness = dtype, likeness
         self._moments: OrderedDict[bytes, latent.Moments] = OrderedDict()
 
     @torch.no_grad()
@@ -164,6 +168,12 @@ class FlowGenerator:
         released: the picture comes back at the size of `picture` (S) or as generated (Q). Otherwise it has the exact size
         of the request's source, or with source_size=False that of the generation.
         """
+        if request.region is not None and request.step_cache is not None:
+            raise ConfigError(
+                "expected a region or a step cache, found both: a region has a cache of its own (its decay). Leave one out."
+            )
+        if request.region is not None:
+            request.region.plan(request.steps)  # refused before anything is computed
         pictures = (picture, *request.references)
         for number, image in enumerate(pictures):
             images.check_size(image.shape[-1], image.shape[-2], name="reference picture" if number else "the picture")
@@ -179,13 +189,21 @@ class FlowGenerator:
         shape = (1, self.codec.channels, 2 * grid[0], 2 * grid[1])
         noise = latent.pack(latent.draw_normal(shape, rng, dtype=dtype, device=cond.tokens.device))
         with self.mover("dit"):
-            velocity = self._velocity(cond, uncond, request.guidance, grid, references, released)
-            result = flow.euler(velocity, noise, sigmas, on_step=on_step, should_stop=should_stop)
+            velocity, use = self._velocity(cond, uncond, request.guidance, grid, references, released), None
+            if request.step_cache is not None:
+                steps = PredictedSteps(velocity.predict, request.step_cache, request.steps)
+                velocity = replace(velocity, predict=steps)
+            watched = {"on_step": on_step, "should_stop": should_stop}
+            if request.region is None and request.guidance_interval is None:
+                result = flow.euler(velocity, noise, sigmas, **watched)
+            else:
+                asked = {"region": request.region, "interval": request.guidance_interval, "threshold": self.likeness}
+                result, use = denoise(velocity, noise, sigmas, grid=grid, source=references[0], **asked, **watched)
         with self.mover("vae"):
             decoded = self.codec.decode(latent.unpack(result, *grid))
             self.counts.vae_decodes += 1
         generated = images.quantize(decoded).to(request.image.device)
-        return Edited(self._finish(generated, request, picture, released, source_size), generated, result)
+        return Edited(self._finish(generated, request, picture, released, source_size), generated, result, use)
 
     def _condition(
         self,
@@ -247,14 +265,14 @@ class FlowGenerator:
         grid: tuple[int, int],
         references: Sequence[LatentImage],
         released: bool,
-    ) -> flow.Velocity:
+    ) -> flow.Guided:
         """The guided velocity of packed latents (1, N, C), from one, two or (batched) one double forward per step.
 
         released: guidance and step round where the released pipelines round, and not once at their end.
         """
 
-        def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-            return self.denoiser(x, sigma, conditioning, grid=grid, references=references)
+        def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **part: Any) -> torch.Tensor:
+            return self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
 
         joined = join_conditionings(cond, uncond) if self.batched_cfg and uncond is not None else None
         step = None if released else guided_step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .types import (
     Conditioning,
@@ -113,8 +113,16 @@ class Denoiser(Protocol):
         *,
         grid: tuple[int, int],
         references: Sequence[LatentImage] = (),
+        keep: Any = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """latents (B, N, C) packed; t (B,) in 0..1, 1 = noise -> prediction (B, N, C)."""
+        """latents (B, N, C) packed; t (B,) in 0..1, 1 = noise -> prediction (B, N, C).
+
+        keep (a `models.keyvalues.KeyValues`) and rows are for region-aware denoising, which asks them of a DiT alone. keep
+        without rows: the whole forward, whose keys and values replace those in `keep`. With rows (n,) int64 of the target:
+        latents and prediction (B, n, C) are of these tokens; all others, references included, take part as `keep` holds them,
+        and the rows' own are renewed in it.
+        """
         ...
 
 

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+QWEN_LIKENESS = 0.80
+"""`FlowGenerator.likeness` for Qwen-Image-Edit: what RegionE found; 0.88 is its number for Step1X-Edit."""
+
 OnProgress = Callable[[str, int, int], None]
 """(what is being loaded, parts done, parts in all)."""
 
@@ -285,6 +288,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         counts=counts,
         batched_cfg=spec.batched_cfg,
         mover=mover,
+        likeness=QWEN_LIKENESS,
     )
     progress.end()
     return _system(spec, generator, mllm, counts, settings, choice, mover, (*report.notes, *lora_notes))

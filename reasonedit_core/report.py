@@ -45,6 +45,12 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         "think": asked.think,
         "reflect": asked.reflect,
     }
+    if asked.region is not None:
+        request["region"] = asked.region.record()
+    if asked.guidance_interval is not None:
+        request["guidance_interval"] = [asked.guidance_interval.low, asked.guidance_interval.high]
+    if asked.step_cache is not None:
+        request["step_cache"] = asdict(asked.step_cache)
     return {
         "version": TRACE_VERSION,
         "request": {**request, **(run or {})},
@@ -152,7 +158,7 @@ class RunFolder:
 
 
 def _round_record(done: Round) -> dict[str, Any]:
-    seen = done.reflection
+    seen, used = done.reflection, done.edited.region
     return {
         "index": done.index,
         "instruction": done.instruction,
@@ -163,6 +169,7 @@ def _round_record(done: Round) -> dict[str, Any]:
         "next_instruction": seen.instruction if seen else None,
         "scores": _scores_record(seen.scores) if seen else None,
         "seconds": round(done.seconds, 3),
+        **({} if used is None else {"region": used.record()}),
     }
 
 

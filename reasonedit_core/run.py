@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .loop import finish, think_edit_reflect
+from .regions import RegionUse
 from .report import RunFolder
 from .types import EditRequest, EditTrace, Policy, Round, ShouldStop
 
@@ -134,6 +135,8 @@ def run_to_folder(
 def round_line(done: Round) -> str:
     """One line that says what a round did."""
     words = f"round {done.index + 1}: {short(done.instruction)}"
+    if done.edited.region is not None:
+        words += f" [{region_words(done.edited.region)}]"
     seen = done.reflection
     if seen is None:
         return f"{words} -> not judged ({done.seconds:.1f} s)"
@@ -141,6 +144,13 @@ def round_line(done: Round) -> str:
     if seen.scores.consistency is not None:
         scores.append(f"consistency {seen.scores.consistency:.3g}")
     return f"{words} -> {seen.decision.value} ({', '.join([*scores, f'{done.seconds:.1f} s'])})"
+
+
+def region_words(use: RegionUse) -> str:
+    """What a region made of the steps of an edit."""
+    kinds = {"full": use.full, "partial": use.partial, "cached": use.cached, "skipped": use.skipped}
+    steps = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f"edited {use.edited} of {use.tokens} tokens; steps: {steps}; {use.guided} guided"
 
 
 def outcome_line(trace: EditTrace) -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from .regions import GuidanceInterval, Region, RegionUse, StepCache
+
 
 class Decision(StrEnum):
     """The outcome of a reflection. The value is what `trace.json` holds."""
@@ -29,6 +31,8 @@ class EditRequest:
     image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
     guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
     max_rounds: the largest number of edits. max_seconds: no round is started after this time.
+    region: denoise only what is edited; guidance_interval: guide only at some timesteps; step_cache: extrapolate some steps
+    (not with a region). All are faster and not exact.
     """
 
     image: torch.Tensor
@@ -43,6 +47,9 @@ class EditRequest:
     max_seconds: float | None = None
     think: bool = True
     reflect: bool = True
+    region: Region | None = None
+    guidance_interval: GuidanceInterval | None = None
+    step_cache: StepCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +95,13 @@ class Edited:
     image: (1, 3, H, W) in 0..1 at the size the policy asks for (source size, or generated size).
     generated: (1, 3, h, w) the decoded picture at the generated size. latents: (1, T, C) its packed, normalised latents,
     which a chained round uses as reference so that no second VAE pass or resize degrades the picture; None for a picture
-    that another editor made.
+    that another editor made. region: what was made of the steps, where a region or an interval of guidance was asked for.
     """
 
     image: torch.Tensor
     generated: torch.Tensor
     latents: torch.Tensor | None
+    region: RegionUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

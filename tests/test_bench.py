@@ -170,12 +170,14 @@ def test_peers_are_found_in_a_checkout_or_unpacked(tmp_path, inner):
 
 def test_small_groups_name_every_arm_of_the_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr("reasonedit.reasonedit_core.bench.small.write_checkpoint", lambda system, folder: folder)
-    s, q, reflection = timed.small_groups(tmp_path, Peers(), Options(rounds=1))
+    s, q, *regions, reflection = timed.small_groups(tmp_path, Peers(), Options(rounds=1))
     assert s.baselines[0] == STEP1X and {arm.name for arm in s.arms if arm.missing is None} == {timed.OURS}
-    assert [arm.missing for arm in s.arms if arm.name in timed.REGION_ARMS] == [timed.NO_REGION] * 2
+    for group in regions:
+        assert [arm.name for arm in group.arms] == [timed.OURS, *timed.REGION_ARMS] and group.baselines == (timed.OURS,)
+        assert all(arm.missing is None and arm.job["steps"] == 28 for arm in group.arms)
     assert all(arm.missing is None for arm in q.arms)
     assert {arm.name for arm in reflection.arms} == {"released reasoner", timed.STOCK, "ours"}
-    jobs = [arm.job for group in (s, q, reflection) for arm in group.arms if arm.job]
+    jobs = [arm.job for group in (s, q, *regions, reflection) for arm in group.arms if arm.job]
     json.dumps(jobs)  # they go to the processes as JSON
     assert len({job["out"] for job in jobs if "out" in job}) == sum("out" in job for job in jobs), "a folder for each arm"
     questions = timed.questions()
@@ -401,12 +403,16 @@ def test_full_size_needs_its_option_and_a_card(monkeypatch, capsys, no_work):
 def test_full_size_groups_are_planned_within_ten_minutes(tmp_path):
     plan = full.plan(tmp_path, Peers())
     assert [group.name for group, _, _ in plan] == list(full.NAMES)
-    assert sum(about for _, _, about in plan) <= 660, "the last group is left out where the others took their time"
+    assert sum(about for _, _, about in plan) <= 700, "the last group is left out where the others took their time"
     json.dumps([arm.job for group, _, _ in plan for arm in group.arms])
     edits = next(group for group, _, _ in plan if group.name.startswith("edit, ReasonEdit-S"))
     jobs = {arm.name: arm.job for arm in edits.arms if arm.job}
     assert {job["steps"] for job in jobs.values()} == {28} and {job["level"] for job in jobs.values()} == {1024}
     assert jobs[timed.OURS]["sdpa"] == jobs[STEP1X]["sdpa"] == "cudnn" and jobs[full.OWN_CHOICE]["sdpa"] is None
+    regions = next(group for group, _, _ in plan if group.name.startswith("edit with a region"))
+    asked = [(arm.job.get("region"), arm.job.get("reuse")) for arm in regions.arms]
+    assert asked == [(None, None), (0.25, False), (0.25, True)]
+    assert len({arm.job["out"] for arm in (*edits.arms, *regions.arms)}) == len((*edits.arms, *regions.arms))
 
 
 TINY_S = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "connector_depth": 1}

@@ -25,7 +25,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # A module imports what stands in a line above its own, or its own room. A module that is in no line fails the test.
 ORDER = (
-    {"types", "errors"},
+    {"errors"},
+    {"regions"},
+    {"types"},
     {"counting", "frames", "interfaces", "files", "packing", "tracefile"},
     {"dialogue", "kernels", "flow", "images", "latents", "offload", "settings", "sheet", "sizes", "weightfiles"},
     {"detect", "fp8", "keymaps"},
@@ -34,7 +36,7 @@ ORDER = (
     {"weights", "lora"},
     {"conditioners", "denoisers", "reasoners"},
     {"generator", "loop"},
-    {"geometry", "report"},
+    {"geometry", "region_options", "report"},
     {"load"},
     {"run"},
     {"demo", "demo_random", "doctor", "download"},

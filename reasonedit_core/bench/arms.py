@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..generator import FlowGenerator
     from ..interfaces import Query
     from ..mllm.qwen25vl import QwenVL
+    from ..regions import Region
+    from ..types import EditRequest
 
 Run = Callable[[int], Mapping[str, float] | None]
 Job = Mapping[str, Any]
@@ -50,6 +52,8 @@ def edit(job: Job) -> Run:
         picture = pictures[number]
         steps = steps_of(job, number)
         request = EditRequest(picture, INSTRUCTION, steps=steps, guidance=job["guidance"], size_level=job["level"])
+        if job.get("region"):
+            request = replace(request, region=forced_region(job, generator, request))
         rng = torch.Generator().manual_seed(number)
         # released: the same words, draws and resizes as the peers', so that the pictures can be compared.
         made = generator.edit(request, picture, INSTRUCTION, rng, released=True)
@@ -57,6 +61,23 @@ def edit(job: Job) -> Run:
         return {TRANSFORMER: inside.seconds}
 
     return run
+
+
+def forced_region(job: Job, generator: FlowGenerator, request: EditRequest) -> Region:
+    """A corner of the picture with the share `region` of its pixels; with `reuse` every second velocity is taken again."""
+    from .. import flow
+    from ..regions import Decay, Region
+
+    height, width = request.image.shape[-2:]
+    side = job["region"] ** 0.5
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., : round(side * height), : round(side * width)] = 1.0
+    if not job["reuse"]:
+        return Region(mask=mask)
+    grid = generator.geometry.plan([(width, height)], request.size_level, released=True).grid
+    sigmas = flow.sigmas(request.steps, grid[0] * grid[1], generator.schedule)[:-1].tolist()
+    stretches = len(sigmas) - 1
+    return Region(mask=mask, decay=Decay(tuple(sigmas), (1.0,) * stretches, (1.0,) * stretches), tolerance=1.5)
 
 
 def forward(job: Job) -> Run:
@@ -135,7 +156,15 @@ def _small_generator(job: Job) -> FlowGenerator:
     spec = SystemSpec(
         system=job["system"], weights=Path(job["folder"]), reasoner="none", dtype="float32", device=job["device"]
     )
-    return load_system(spec).generator
+    generator = load_system(spec).generator
+    if job.get("words"):
+        from .weights import GivenWords
+
+        config = generator.denoiser.transformer.config  # type: ignore[attr-defined]
+        width = config.get("connector_in_channels") or config.joint_attention_dim
+        words = GivenWords(job["device"], torch.float32, count=job["words"], width=width, quoted=0)
+        generator.conditioner = words  # type: ignore[assignment]
+    return generator
 
 
 def _full_generator(job: Job) -> FlowGenerator:

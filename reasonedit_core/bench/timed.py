@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from .worker import ArmFailed, Worker
 
 OURS = "ours, full path"
 STOCK = "stock generate, five questions in a row"
-NO_REGION = "region-aware denoising (denoisers/region.py), which does not exist yet"
 NO_CUDA = "no CUDA device"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
 LEVEL = 256
-REGION_SHARE = 0.25
+REGION_SHARE, REGION_STEPS = 0.25, 28
+"""The share of the picture that a mask says is edited; steps, of which 9 are made in full."""
+
+REGION_LEVEL, REGION_WORDS = 384, 64
+"""Of the small edits with a region: pixels of a side, and text tokens. Every step computes the text, and the hundreds of tokens
+that the MLLM makes of a small picture would be most of a partial step; so would the fixed cost of each operator."""
 
 Tell = Callable[[str], None]
 
@@ -175,14 +180,14 @@ def picture_difference(folder: str, other: str) -> float | None:
 
 
 def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
-    """Edits of ReasonEdit-S and -Q and a reflection. folder: where checkpoints and pictures are written."""
+    """Edits of ReasonEdit-S and -Q, also with a region, and a reflection. folder: for checkpoints and pictures."""
     from .small import INSTRUCTION, write_checkpoint, write_pictures
 
     common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
     pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
 
     def job(name: str, system: str, weights: Path, **more: Any) -> dict[str, Any]:
-        out = folder / "out" / name
+        out = folder / "out" / system / name
         out.mkdir(parents=True)
         given = {"system": system, "folder": str(weights), "pictures": pictures, "out": str(out)}
         return {**common, **given, "steps": options.steps, "level": LEVEL, **more}
@@ -190,9 +195,13 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     s = write_checkpoint("step1x-v1p2", folder / "s")
     q = write_checkpoint("qwen-edit-plus", folder / "q")
     mllm = write_checkpoint("qwen2.5-vl", folder / "mllm")
+    larger = write_pictures(folder / "larger", options.runs, (REGION_LEVEL, REGION_LEVEL))
+    region = {"words": REGION_WORDS, "level": REGION_LEVEL, "pictures": larger}
     return [
-        edit_group_s(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, **more), peers, "small"),
-        edit_group_q(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, **more), peers, "small"),
+        edit_group_s(lambda name, **more: job(name, "reasonedit-s", s, **more), peers, "small"),
+        edit_group_q(lambda name, **more: job(name, "reasonedit-q", q, **more), peers, "small"),
+        region_group(partial(job, system="reasonedit-s", weights=s, guidance=6.0, **region), "ReasonEdit-S, small"),
+        region_group(partial(job, system="reasonedit-q", weights=q, guidance=4.0, **region), "ReasonEdit-Q, small"),
         reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
     ]
 
@@ -210,7 +219,6 @@ def edit_group_s(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
         Arm(STEP1X, "reasonedit_core.bench.peer_step1x", job("released", **released), peers.step1x()),
         Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
         Arm(REGIONE, "reasonedit_core.bench.peer_step1x", peer_job, regione),
-        *(lacking(name, NO_REGION) for name in REGION_ARMS),
     ]
     return Group(f"edit, ReasonEdit-S, {size}", tuple(arms), (STEP1X, OURS))
 
@@ -223,6 +231,19 @@ def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
         Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
     )
     return Group(f"edit, ReasonEdit-Q, {size}", arms, (EDITPLUS, OURS))
+
+
+def region_group(job: Callable[..., dict[str, Any]], what: str) -> Group:
+    """Whole edits in 28 steps: the full path, and 9 steps of it with a quarter of the picture in the others.
+
+    The velocity cache takes every second velocity of the others again; what a model would let it reuse follows from weights,
+    and these are random. job: as for `edit_group_s`, but it knows of the guidance. what: system and size.
+    """
+    module, how = "reasonedit_core.bench.arms", {"arm": "edit", "steps": REGION_STEPS}
+    arms = [Arm(OURS, module, job("full-path", **how))]
+    for arm, reuse in zip(REGION_ARMS, (False, True), strict=True):
+        arms.append(Arm(arm, module, job(f"region-{reuse:d}", **how, region=REGION_SHARE, reuse=reuse)))
+    return Group(f"edit with a region, {what}", tuple(arms), (OURS,))
 
 
 def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:

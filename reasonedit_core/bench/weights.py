@@ -68,22 +68,24 @@ def random_network(make: Callable[[], torch.nn.Module], device: str, dtype: torc
     return torch.nn.Module.to(network, dtype).eval()
 
 
-def random_words(device: str, dtype: torch.dtype, seed: int = 0) -> Conditioning:
-    """A conditioning of 640 text tokens, of which the last 32 are quoted characters."""
+def random_words(
+    device: str, dtype: torch.dtype, seed: int = 0, *, count: int = TEXT, width: int = WIDTH, quoted: int = 32
+) -> Conditioning:
+    """A conditioning of `count` text tokens of `width` channels, of which the last ones are `quoted` characters."""
     rng = None if device == "meta" else torch.Generator(device).manual_seed(seed)
-    tokens = torch.randn(1, TEXT, WIDTH, generator=rng, device=device, dtype=dtype)
-    positions = torch.zeros(TEXT, 3, device=device)
-    positions[:, 0] = torch.arange(TEXT) - TEXT
-    quoted = torch.zeros(1, TEXT, dtype=torch.bool, device=device)
-    quoted[:, -32:] = True
-    return Conditioning(tokens, positions=positions, text_embeds=tokens, text_mask=quoted)
+    tokens = torch.randn(1, count, width, generator=rng, device=device, dtype=dtype)
+    positions = torch.zeros(count, 3, device=device)
+    positions[:, 0] = torch.arange(count) - count
+    marked = torch.zeros(1, count, dtype=torch.bool, device=device)
+    marked[:, count - quoted :] = True
+    return Conditioning(tokens, positions=positions, text_embeds=tokens, text_mask=marked)
 
 
 class GivenWords:
     """A conditioner that answers with words made before: two texts, in turn (conditional, unconditional)."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self._words = [random_words(device, dtype, seed) for seed in range(2)]
+    def __init__(self, device: str, dtype: torch.dtype, **sizes: int) -> None:
+        self._words = [random_words(device, dtype, seed, **sizes) for seed in range(2)]
         self._asked = 0
 
     def condition(self, image: torch.Tensor, instruction: str, **options: Any) -> Conditioning:

@@ -17,6 +17,7 @@ from ..types import Conditioning, Counts, LatentImage
 
 if TYPE_CHECKING:
     from ..kernels.dispatch import Run
+    from ..models.keyvalues import KeyValues
     from ..models.step1x_transformer import Rope, Step1XEditTransformer2DModel, TextState
 
 TIMESTEPS = 1000
@@ -91,22 +92,34 @@ class Step1XDenoiser:
         *,
         grid: tuple[int, int],
         references: Sequence[LatentImage] = (),
+        keep: KeyValues | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """latents (B, N, C) packed, N = grid height x width; t (B,) in 0..1, 1 = noise -> velocity (B, N, C).
 
         A batch shares its references: two passes of guidance are one call with a conditioning of batch 2
-        (`join_conditionings`) or two calls of batch 1, with the same results.
+        (`join_conditionings`) or two calls of batch 1, with the same results. keep, rows: see `interfaces.Denoiser`.
         """
         batch, n_target = latents.shape[:2]
         grids = (tuple(grid), *((image.height, image.width) for image in references))
-        _check(latents, conditioning, grids, references)
+        _check(latents, conditioning, grids, references, rows)
         prepared = self._prepare(conditioning, grids, latents)
-        sequence = torch.cat([latents, *(image.tokens.to(latents).expand(batch, -1, -1) for image in references)], dim=1)
+        sequence = latents
+        if rows is None:
+            sequence = torch.cat([latents, *(image.tokens.to(latents).expand(batch, -1, -1) for image in references)], dim=1)
         # In bfloat16 the rounding of the timestep is part of the released numerics, and it depends on where it happens.
         rounded = (t * TIMESTEPS).to(latents.dtype) / TIMESTEPS if self.variant.rounds else t.to(latents.dtype)
         self.counts.denoiser_forwards += 1
         velocity = self.transformer(
-            sequence, rounded, prepared.text, joint_mask=prepared.joint_mask, rope=prepared.rope, host=self.host
+            sequence,
+            rounded,
+            prepared.text,
+            joint_mask=prepared.joint_mask,
+            rope=prepared.rope,
+            # A host's attention is only promised as many queries as keys.
+            host=self.host if rows is None else None,
+            keep=keep,
+            rows=rows,
         )
         return velocity[:, :n_target]
 
@@ -168,6 +181,7 @@ def _check(
     conditioning: Conditioning,
     grids: Sequence[tuple[int, int]],
     references: Sequence[LatentImage],
+    rows: torch.Tensor | None,
 ) -> None:
     if conditioning.positions is None:
         raise ConfigError("expected a conditioning with text positions (made by Step1XConditioner), found one without")
@@ -175,7 +189,21 @@ def _check(
         raise ConfigError(
             f"expected latents and conditioning of one batch size, found {latents.shape[0]} and {conditioning.tokens.shape[0]}"
         )
+    check_tokens(latents, grids, references, rows)
+
+
+def check_tokens(
+    latents: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+    references: Sequence[LatentImage],
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Raise ConfigError where tokens do not fill their grid, or where latents (B, n, C) are not of `rows` (n,)."""
     counted = [latents.shape[1], *(image.tokens.shape[1] for image in references)]
+    if rows is not None:
+        if rows.shape != latents.shape[1:2]:
+            raise ConfigError(f"rows: expected one for each of {latents.shape[1]} tokens, found {tuple(rows.shape)}")
+        counted[0] = grids[0][0] * grids[0][1]
     for number, ((height, width), tokens) in enumerate(zip(grids, counted, strict=True)):
         if height * width != tokens:
             what = "target" if number == 0 else f"reference {number}"

@@ -20,10 +20,12 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels.dispatch import Run
+from ..models.keyvalues import KeyValues
 from ..models.qwen_attention import attend_with
 from ..models.qwen_packed import enable_packs
 from ..models.streams import BATCH, SAMPLES, Batch, Samples, last_norm
 from ..types import Conditioning, Counts, LatentImage
+from .dit import check_tokens
 
 POSITIONS = 4096
 """Rows of the transformer's table of positive positions; text starts behind the largest half side and must end in it."""
@@ -80,38 +82,58 @@ class QwenImageDenoiser:
         *,
         grid: tuple[int, int],
         references: Sequence[LatentImage] = (),
+        keep: KeyValues | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """latents (B, N, C) packed, N = grid height x width; t (B,) in 0..1, 1 = noise -> velocity (B, N, C).
 
         A batch shares its references: two passes of guidance are one call with conditioning of batch 2 (shorter text
-        padded at its end and masked) or two calls with batch 1; the results are the same.
+        padded at its end and masked) or two calls with batch 1; the results are the same. keep, rows: see
+        `interfaces.Denoiser`.
         """
         batch, n_target = latents.shape[:2]
         grids = (tuple(grid), *((image.height, image.width) for image in references))
-        _check_call(latents, conditioning, grids, references)
-        sequence = torch.cat([latents, *(image.tokens.to(latents).expand(batch, -1, -1) for image in references)], dim=1)
+        check_tokens(latents, grids, references, rows)
+        _check_text(conditioning, grids)
+        sequence = latents
+        if rows is None:
+            sequence = torch.cat([latents, *(image.tokens.to(latents).expand(batch, -1, -1) for image in references)], dim=1)
         # The released pipelines round the timestep in 0..1000 to the latents' type before they scale it down again.
         timestep = (t * TIMESTEPS).to(latents.dtype) / TIMESTEPS
         self.counts.denoiser_forwards += 1
         prepared = self._prepare(conditioning, grids, sequence)
-        return self._velocity(sequence, timestep, conditioning.tokens, prepared)[:, :n_target]
+        return self._velocity(sequence, timestep, conditioning.tokens, prepared, keep, rows)[:, :n_target]
 
     def _velocity(
-        self, sequence: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, prepared: _Prepared
+        self,
+        sequence: torch.Tensor,
+        timestep: torch.Tensor,
+        tokens: torch.Tensor,
+        prepared: _Prepared,
+        keep: KeyValues | None,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """sequence (B, N, C) of target and references, timestep (B,) in 0..1, tokens (B, T, D) -> velocity (B, N, C)."""
-        net, attend = self.transformer, attend_with(self.host)
+        """sequence (B, N, C) of target and references, timestep (B,) in 0..1, tokens (B, T, D) -> velocity (B, N, C).
+
+        rows (n,): sequence (B, n, C) is these rows of the target alone, all of them modulated by the timestep.
+        """
+        # A host's attention is only promised as many queries as keys.
+        net, attend = self.transformer, attend_with(self.host if rows is None else None)
+        layout, rope = prepared.layout if rows is None else BATCH, prepared.rope
         image = net.img_in(sequence)
         text = net.txt_in(net.txt_norm(tokens))
-        if prepared.layout.n_documents is not None:
+        if keep is not None:
+            attend, rope = keep.enter(attend, rope, text.shape[1], rows)
+        if layout.n_documents is not None:
             timestep = torch.cat([timestep, timestep * 0])
         temb = net.time_text_embed(timestep, image)
         for block in net.transformer_blocks:
-            image, text = block(image, text, temb, prepared.rope, prepared.mask, attend, layout=prepared.layout)
-        return net.proj_out(last_norm(net.norm_out, image, temb[: prepared.layout.n_documents], SAMPLES))
+            image, text = block(image, text, temb, rope, prepared.mask, attend, layout=layout)
+        return net.proj_out(last_norm(net.norm_out, image, temb[: layout.n_documents], SAMPLES))
 
     def _prepare(self, conditioning: Conditioning, grids: Grids, sequence: torch.Tensor) -> _Prepared:
         batch, device = len(sequence), sequence.device
+        n_image = sum(height * width for height, width in grids)
         for kept in self._prepared:
             if kept.conditioning is conditioning and (kept.grids, kept.batch, kept.device) == (grids, batch, device):
                 return kept
@@ -121,7 +143,7 @@ class QwenImageDenoiser:
             batch,
             device,
             _rope(self.transformer.pos_embed, grids, conditioning.tokens.shape[1], device),
-            _joint_mask(conditioning.mask, sequence),
+            _joint_mask(conditioning.mask, n_image, device),
             _clean_references(grids, batch, device) if self.transformer.config.get("zero_cond_t") else BATCH,
         )
         self._prepared = [*self._prepared, made][-_KEPT:]
@@ -136,12 +158,12 @@ def _rope(pos_embed: nn.Module, grids: Grids, n_text: int, device: torch.device)
     return torch.cat([text, image])
 
 
-def _joint_mask(mask: torch.Tensor | None, sequence: torch.Tensor) -> torch.Tensor | None:
+def _joint_mask(mask: torch.Tensor | None, n_image: int, device: torch.device) -> torch.Tensor | None:
     """(B, T) valid text tokens -> (B, 1, 1, T + N): every query sees valid text and all of the pictures."""
     if mask is None or bool(mask.all()):
         return None
-    mask = mask.to(sequence.device, torch.bool)
-    return torch.nn.functional.pad(mask, (0, sequence.shape[1]), value=True)[:, None, None]
+    mask = mask.to(device, torch.bool)
+    return torch.nn.functional.pad(mask, (0, n_image), value=True)[:, None, None]
 
 
 def _clean_references(grids: Grids, batch: int, device: torch.device) -> Batch:
@@ -162,12 +184,7 @@ def check_config(config) -> None:
         )
 
 
-def _check_call(latents, conditioning: Conditioning, grids, references: Sequence[LatentImage]) -> None:
-    counted = [latents.shape[1], *(image.tokens.shape[1] for image in references)]
-    for number, ((height, width), tokens) in enumerate(zip(grids, counted, strict=True)):
-        if height * width != tokens:
-            what = "target" if number == 0 else f"reference {number}"
-            raise ConfigError(f"{what}: expected {height} x {width} = {height * width} packed tokens, found {tokens}")
+def _check_text(conditioning: Conditioning, grids: Grids) -> None:
     start = max(max(height // 2, width // 2) for height, width in grids)
     n_text = conditioning.tokens.shape[1]
     if start + n_text > POSITIONS:

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..kernels import Heads, Mask, attention, has_kernel, qk_norm_rope
+from ..kernels import Heads, Mask, attention, has_kernel
 from ..kernels.dispatch import Run
 from .connector import Attend
+from .keyvalues import fused_heads
 from .streams import Layout, Packed
 
 
@@ -37,7 +38,7 @@ def joint_attention(
         q, k = (rotate(x, rope).to(v.dtype) for x in (q, k))
     else:
         text_heads, image_heads = split_heads(attn, text, image)
-        q, k, v = qk_norm_rope(image_heads, rope, text=text_heads, eps=attn.norm_q.eps)
+        q, k, v = fused_heads(image_heads, rope, attend, text=text_heads, eps=attn.norm_q.eps)
     text_out, image_out = layout.part(attend(q, k, v, mask).flatten(2), text.shape[1])
     for layer in attn.to_out:  # projection, then a dropout that is the identity outside training
         image_out = layer(image_out)

@@ -24,10 +24,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels import Heads, Mask, attention, has_kernel, qk_norm_rope
+from ..kernels import Heads, Mask, attention, has_kernel
 from ..kernels.dispatch import Run
 from .connector import Attend, ConnectorState, Step1XConnector
 from .halves import project_halves
+from .keyvalues import KeyValues, fused_heads
 from .streams import BATCH, SAMPLES, Layout, Packed, last_norm
 
 Rope = tuple[Tensor, Tensor]
@@ -85,7 +86,7 @@ class SingleAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend) -> Tensor:
         """(B, L, C) -> (B, L, C), without an output projection."""
         if has_kernel("qk_norm_rope", x):
-            return attend(*qk_norm_rope(self.split(x), rope, eps=self.norm_q.eps), mask).flatten(2)
+            return attend(*fused_heads(self.split(x), rope, attend, eps=self.norm_q.eps), mask).flatten(2)
         return _attend(*self.project(x), rope, mask, attend)
 
 
@@ -120,7 +121,7 @@ class JointAttention(SingleAttention):
             pairs = zip(self.project_text(text), self.project(image), strict=True)
             attended = _attend(*(layout.join(*pair) for pair in pairs), rope, mask, attend)
         else:
-            joint = qk_norm_rope(self.split(image), rope, text=self.split_text(text), eps=self.norm_q.eps)
+            joint = fused_heads(self.split(image), rope, attend, text=self.split_text(text), eps=self.norm_q.eps)
             attended = attend(*joint, mask).flatten(2)
         text_out, image_out = layout.part(attended, text.shape[1])
         return self.to_out[0](image_out), self.to_add_out(text_out)
@@ -279,6 +280,8 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope: Rope | None = None,
         host: Run | None = None,
         backend: str = "auto",
+        keep: KeyValues | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Velocity of every image token, (B, N, out_channels); the caller keeps those of the target.
 
@@ -287,6 +290,9 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         returned. txt_ids (T, 3) or (B, T, 3) and img_ids (N, 3) or (B, N, 3), or `rope`.
         joint_mask (B, 1, 1 | L, L) bool, True where a query may see a key; without it padded text takes part, as in
         v1.0 and v1.1. host, backend: see `kernels.attention`.
+
+        keep: takes the keys and values of all blocks. With rows (n,) as well, hidden_states (B, n, in_channels) are these rows
+        of the image tokens of an earlier forward, whose keys and values `keep` holds; `rope` is still of all L rows.
         """
         attend = partial(attention, host=host, backend=backend)
         state = self._text_state(encoder_hidden_states, encoder_mask, text_embeds, text_mask, host, backend)
@@ -298,7 +304,10 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Times 1000 in the dtype given: a bf16 timestep rounds here, which is part of the released numerics.
         temb = self.time_embed(self.time_proj(timestep * 1000).to(hidden_states.dtype)) + state.vector
         text = self.context_embedder(tokens).expand(image.shape[0], -1, -1)
-        rope = self._rope(rope, txt_ids, img_ids, text.shape[1] + image.shape[1])
+        if rows is None:
+            rope = self._rope(rope, txt_ids, img_ids, text.shape[1] + image.shape[1])
+        if keep is not None:
+            attend, rope = keep.enter(attend, rope, text.shape[1], rows)
 
         for block in self.transformer_blocks:
             image, text = self._run(block, image, text, temb, rope, joint_mask, attend)
