@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from .mini.models import MINIS, has_mini
 
 SYSTEMS = ("reasonedit-s", "reasonedit-q")
 POLICIES = ("reasonedit", "released")
+SCORES = ("lazy", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VARIANTS = ("auto", "v1.0", "v1.1", "v1.2")
 MAX_SEED = 2**63 - 1
@@ -124,6 +126,9 @@ def run_edit(args: argparse.Namespace) -> int:
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
     if args.weights is None and args.system not in MINIS:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
+    lazy = (args.scores or ("always" if args.policy == "released" else "lazy")) == "lazy"
+    if lazy and args.policy == "released":
+        raise ConfigError("--scores: expected always with --policy released, which chooses by scores, found lazy; leave it out")
     picture = load_image(args.image)
     references = tuple(load_image(path) for path in args.reference)
     device = choose_device(args.device)
@@ -131,7 +136,8 @@ def run_edit(args: argparse.Namespace) -> int:
     bars = Bars(args.quiet)
     tell: Callable[[str], None] = (lambda text: None) if args.quiet else say
     run = {"image": str(args.image), "references": [str(path) for path in args.reference], "system": args.system}
-    run |= {"policy": args.policy, "reasoner": args.reasoner, "device": device.type, "dtype": dtype}
+    run |= {"policy": args.policy, "scores": "lazy" if lazy else "always", "reasoner": args.reasoner}
+    run |= {"device": device.type, "dtype": dtype}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
     spec = SystemSpec(
         system=args.system,
@@ -150,6 +156,7 @@ def run_edit(args: argparse.Namespace) -> int:
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
+    policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
     folder.note = system.settings.notice
     if args.reasoner_lora:
@@ -174,7 +181,7 @@ def run_edit(args: argparse.Namespace) -> int:
         think=args.think and has_reasoner,
         reflect=args.reflect and has_reasoner,
     )
-    trace = run_to_folder(system, request, system.policy, folder, bars=bars, say=say)
+    trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
     for done in trace.rounds:
         print(round_line(done))
     print(outcome_line(trace))
@@ -298,6 +305,7 @@ def _add_edit(commands) -> None:
     )
     add("--dialogue", type=existing_path, metavar="FILE", help="dialogue pack to speak with")
     add("--policy", choices=POLICIES, default="reasonedit", help="how the loop decides (reasonedit)")
+    add("--scores", choices=SCORES, help="lazy: edit and quality scores only where they compare rounds (released: always)")
     add("--no-think", dest="think", action="store_false", help="edit with your words as they are")
     add("--no-reflect", dest="reflect", action="store_false", help="one edit, no verdict")
     add("--rounds", type=whole(1, 100), default=3, metavar="N", help="largest number of edits (3)")

@@ -140,6 +140,8 @@ def round_line(done: Round) -> str:
     scores = [f"{name} {'/'.join(f'{v:.3g}' for v in pair)}" for name, pair in _pairs(seen.scores)]
     if seen.scores.consistency is not None:
         scores.append(f"consistency {seen.scores.consistency:.3g}")
+    if not seen.scores.asked:
+        scores.append("edit and quality not asked for")
     return f"{words} -> {seen.decision.value} ({', '.join([*scores, f'{done.seconds:.1f} s'])})"
 
 

@@ -319,6 +319,8 @@ def _score_cells(scores: Scores) -> tuple[tuple[str, str], ...]:
         if value is not None:
             numbers = value if isinstance(value, tuple) else (value,)
             cells.append((name, " / ".join(f"{number:.3g}" for number in numbers)))
+        elif not scores.asked and name != "consistency":
+            cells.append((name, "not asked"))
     return tuple(cells)
 
 

@@ -61,13 +61,14 @@ class Scores:
 
     edit: (instruction followed, little changed beyond it); quality: (naturalness, freedom from artefacts);
     consistency: agreement of the picture with the target description, after the caps of the released code;
-    consistency_reason: the scorer's words.
+    consistency_reason: the scorer's words. asked: False while edit and quality could still be asked for (`Reasoner.grade`).
     """
 
     edit: tuple[float, ...] | None = None
     quality: tuple[float, ...] | None = None
     consistency: float | None = None
     consistency_reason: str = ""
+    asked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,8 @@ class Policy:
     feedback and stop after that, or `stop`. revise: what follows REFINE: `chain` edits the result with the second
     instruction, `merge` edits the source with goal and second instruction together. accept: consistency (0..10) at which a
     REFINE verdict stops as well, the picture agreeing with its description; doubt: consistency under which a SUCCESS
-    verdict is not believed. source_size: return pictures of the source's size.
+    verdict is not believed. source_size: return pictures of the source's size. lazy_scores: ask for edit and quality scores
+    only when rounds are compared by them; stop reason, best round and pictures are the same either way.
     """
 
     name: str = "reasonedit"
@@ -187,6 +189,7 @@ class Policy:
     accept: float = 9.0
     doubt: float = 3.0
     source_size: bool = True
+    lazy_scores: bool = False
 
 
 @dataclass(slots=True)
