@@ -21,8 +21,9 @@ from .positions import rope_positions
 from .vision import patchify, prepare
 
 if TYPE_CHECKING:
+    from .cache import PrefixStore
     from .constrain import Vocabulary
-    from .decode import PrefixStore
+    from .steps import Stepping
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class QwenVL:
 
     model: transformers' Qwen2_5_VLForConditionalGeneration; its lm_head may be None (conditioning only). counts: shared with
     the run; replace it for a new run. bounds: (min, max) pixels stated by the checkpoint's processor config, or None.
-    repetition_penalty: stated by the checkpoint's generation config (1.05 in the stock model), used in free text.
+    repetition_penalty: stated by the checkpoint's generation config (1.05 in the stock model), used in free text. guesses:
+    whether greedy replies are guessed ahead (`lookup`), which may be set.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class QwenVL:
         self._features: OrderedDict[tuple[str, torch.device], VisionFeatures] = OrderedDict()
         self._vocabulary: Vocabulary | None = None
         self._prefixes: PrefixStore | None = None
+        self._stepping: Stepping | None = None
+        self.guesses = True
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +134,11 @@ class QwenVL:
         return features
 
     def release(self) -> None:
-        """Forget all kept features and KV prefixes. Needed after a change of the weights, as of a LoRA."""
+        """Forget all kept features, KV prefixes and graphs. Needed after a change of the weights, as of a LoRA."""
         self._features.clear()
         self._prefixes = None
+        if self._stepping is not None:
+            self._stepping.release()
 
     # text
 
@@ -187,11 +193,19 @@ class QwenVL:
 
     def prefixes(self) -> PrefixStore:
         """Kept KV of prompt heads. A store on another device than the weights is dropped: the weights have moved."""
-        from .decode import PrefixStore
+        from .cache import PrefixStore
 
         if self._prefixes is None or self._prefixes.device != self.device:
             self._prefixes = PrefixStore(self.device)
         return self._prefixes
+
+    def stepping(self) -> Stepping:
+        """How decoding steps are made; its `mode` may be set."""
+        from .steps import Stepping
+
+        if self._stepping is None:
+            self._stepping = Stepping()
+        return self._stepping
 
     # sequences
 
