@@ -120,10 +120,11 @@ def run_edit(args: argparse.Namespace) -> int:
     from .mini.scenes import picture_remark
     from .report import RunFolder
     from .run import Bars, outcome_line, round_line, run_to_folder
-    from .types import EditRequest
+    from .types import Draft, EditRequest
 
     if not args.instruction.strip():
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
+    _check_draft(args)
     if args.weights is None and args.system not in MINIS:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
     lazy = (args.scores or ("always" if args.policy == "released" else "lazy")) == "lazy"
@@ -149,6 +150,7 @@ def run_edit(args: argparse.Namespace) -> int:
         device=str(device),
         loras=tuple(args.lora),
         reasoner_loras=tuple(args.reasoner_lora),
+        draft_loras=(args.draft_lora,) if args.draft_lora else (),
         offload=args.offload,
         weights_dtype=args.weights_dtype,
         variant=args.variant,
@@ -159,6 +161,8 @@ def run_edit(args: argparse.Namespace) -> int:
     policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
     folder.note = system.settings.notice
+    if args.draft_lora:
+        folder.describe(draft_lora=_told([args.draft_lora])[0])
     if args.reasoner_lora:
         folder.describe(reasoner_loras=_told(args.reasoner_lora))
     for note in [picture.note and f"{args.image}: {picture.note}", *system.notes]:
@@ -180,6 +184,7 @@ def run_edit(args: argparse.Namespace) -> int:
         max_seconds=args.max_seconds,
         think=args.think and has_reasoner,
         reflect=args.reflect and has_reasoner,
+        draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
     )
     trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
     for done in trace.rounds:
@@ -187,6 +192,19 @@ def run_edit(args: argparse.Namespace) -> int:
     print(outcome_line(trace))
     print(f"written: {folder.folder / 'result.png'}, rounds/, sheet.png, trace.json")
     return 0
+
+
+def _check_draft(args: argparse.Namespace) -> None:
+    """ConfigError where options of drafts stand without what they need."""
+    given = [name for name in ("guidance", "lora") if getattr(args, f"draft_{name}") is not None]
+    if args.draft_steps is None:
+        if given:
+            raise ConfigError(f"--draft-{given[0]}: expected --draft-steps beside it, found none; add it")
+        return
+    if args.policy == "released":
+        raise ConfigError("--draft-steps: expected --policy reasonedit, found released, which has no drafts; leave one out")
+    if not args.reflect or args.reasoner == "none":
+        raise ConfigError("--draft-steps: expected a run that reflects, found one that does not; leave it out")
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -315,6 +333,9 @@ def _add_edit(commands) -> None:
     add("--steps", type=whole(1, 1000), metavar="N", help="denoising steps (the checkpoint's)")
     add("--guidance", type=real(0, 100), metavar="G", help="true CFG scale (the checkpoint's); 1 or less: no negative pass")
     add("--size", type=whole(16, 8192), metavar="LEVEL", help="square root of the generated area (the checkpoint's: 1024)")
+    add("--draft-steps", type=whole(1, 1000), metavar="N", help="reflect on drafts of N steps; only the chosen one in full")
+    add("--draft-guidance", type=real(0, 100), metavar="G", help="true CFG scale of drafts (that of --guidance)")
+    add("--draft-lora", type=lora, metavar="FILE[:SCALE]", help="few-step LoRA for drafts alone (with --draft-steps)")
     add("--negative", metavar="TEXT", help="what the picture should not be")
     add("--seed", type=whole(0, MAX_SEED), default=0, metavar="N", help="of all random draws (0)")
     add("--reference", type=Path, nargs="+", default=[], metavar="IMAGE", help="further pictures, for systems that take them")

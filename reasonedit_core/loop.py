@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import Interrupted, ReasonEditError
+from .drafts import draft_request, drafts, full_run, left_to_make
+from .errors import ConfigError, Interrupted, ReasonEditError
 from .interfaces import Generator, Reasoner
 from .types import Decision, EditRequest, EditTrace, OnStep, OnText, Policy, Reflection, Round, ShouldStop, Thought
 
@@ -67,6 +68,7 @@ def think_edit_reflect(
     reasoner: Reasoner | None,
     generator: Generator,
     policy: Policy = POLICIES["reasonedit"],
+    drafter: Generator | None = None,
     on_round: Callable[[EditTrace], None] | None = None,
     on_step: OnStep | None = None,
     on_text: OnText | None = None,
@@ -75,13 +77,20 @@ def think_edit_reflect(
     """Run the loop to its end and return the trace, `best` and `stop_reason` set.
 
     reasoner may be None when the request neither thinks nor reflects. on_round gets the trace after every edit and again
-    after its reflection, so that a caller can store what was made. Any ReasonEditError that leaves this function carries
-    the trace so far as its attribute `trace`.
+    after its reflection, so that a caller can store what was made. drafter: makes the drafts of a request that asks for them;
+    None: the generator does, in fewer steps. Any ReasonEditError that leaves this function carries the trace so far as its
+    attribute `trace`.
     """
+    if request.draft is not None and policy.released:
+        raise ConfigError(
+            "draft: expected none under the released policy, whose rounds share one stream of noise that a full run could not "
+            "repeat, found one. Leave it out, or take the policy reasonedit."
+        )
     if reasoner is not None:
         reasoner = reasoner.bound(seed=request.seed, on_text=on_text, should_stop=should_stop)
     started, trace, judge = time.monotonic(), EditTrace(request), _Judge(reasoner, policy, on_round)
-    rng = torch.Generator().manual_seed(request.seed)
+    rng, sketch = torch.Generator().manual_seed(request.seed), request.draft is not None and request.reflect
+    make, watch = (drafter or generator) if sketch else generator, {"on_step": on_step, "should_stop": should_stop}
     try:
         if request.think:
             trace = replace(trace, thought=reasoner.think(request.image, request.instruction))
@@ -98,12 +107,16 @@ def think_edit_reflect(
             if not policy.released:
                 # Each round owns its seed, so that a graph's Edit node (seed = base + round) makes the same picture.
                 rng = torch.Generator().manual_seed(request.seed + len(trace.rounds))
-            trace = _edit(trace, step, generator, policy, rng, on_step, should_stop, time.monotonic() - started)
+            asked = draft_request(request) if sketch else request
+            trace = _edit(trace, asked, step, make, policy, rng, time.monotonic() - started, **watch)
             _tell(on_round, trace)
             if request.reflect:
                 trace = judge.reflect(trace, time.monotonic() - started)
                 _tell(on_round, trace)
         trace = judge.compare(trace, ending=True)
+        for draft in left_to_make(trace, best_round(trace, policy)) if sketch else ():
+            trace = _edit_in_full(trace, draft, generator, policy, time.monotonic() - started, **watch)
+            _tell(on_round, trace)
     except ReasonEditError as error:
         error.trace = finish(trace, policy, "interrupted" if isinstance(error, Interrupted) else "error")
         raise
@@ -127,11 +140,13 @@ def input_picture(trace: EditTrace, step: Step, policy: Policy) -> tuple[torch.T
     return (edited.image, None) if policy.released else (edited.generated, edited.latents)
 
 
-def _edit(trace, step, generator, policy, rng, on_step, should_stop, before: float) -> EditTrace:
+def _edit(
+    trace, request, step, generator, policy, rng, before: float, *, full_of=None, on_step, should_stop
+) -> EditTrace:
     picture, latents = input_picture(trace, step, policy)
     clock = time.monotonic()
     edited = generator.edit(
-        trace.request,
+        request,
         picture,
         step.instruction,
         rng,
@@ -142,8 +157,14 @@ def _edit(trace, step, generator, policy, rng, on_step, should_stop, before: flo
         should_stop=should_stop,
     )
     seconds = time.monotonic() - clock
-    made = Round(len(trace.rounds), step.instruction, step.input_index, edited, None, seconds)
+    made = Round(len(trace.rounds), step.instruction, step.input_index, edited, None, seconds, full_of)
     return replace(trace, rounds=(*trace.rounds, made), seconds=before + seconds)
+
+
+def _edit_in_full(trace, draft: Round, generator, policy, before: float, **watch) -> EditTrace:
+    rng = torch.Generator().manual_seed(trace.request.seed + draft.index)  # the noise of the draft
+    again = Step(draft.instruction, full_run(trace, draft.input_index))
+    return _edit(trace, trace.request, again, generator, policy, rng, before, full_of=draft.index, **watch)
 
 
 class _Judge:
@@ -201,7 +222,7 @@ def _tell(on_round, trace: EditTrace) -> None:
 
 def next_step(trace: EditTrace, policy: Policy = POLICIES["reasonedit"]) -> Step | Stop:
     """What follows the rounds of `trace`. Pure: the script loop, the graph loop and the tests all ask this function."""
-    request = trace.request
+    request, trace = trace.request, drafts(trace)
     if not trace.rounds:
         return Step(trace.goal)
     last = trace.rounds[-1]
@@ -274,8 +295,12 @@ def best_round(trace: EditTrace, policy: Policy = POLICIES["reasonedit"]) -> int
     Rounds without a reflection are chosen only when no round has one (the latest then). Default policy: FAILED rounds and
     rounds with a zero score lose to the source, but a believed success does so by a zero consistency only; it beats any other
     round, then the higher score wins, then the earlier round. Released policy: the largest product of the two minima; among
-    equals a success, then the later round.
+    equals a success, then the later round. A draft stands for its full run, where that was made.
     """
+    return full_run(trace, _best_judged(trace, policy))
+
+
+def _best_judged(trace: EditTrace, policy: Policy) -> int | None:
     judged = [r for r in trace.rounds if r.reflection is not None]
     if not judged:
         return trace.rounds[-1].index if trace.rounds else None

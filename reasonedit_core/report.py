@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .drafts import draft_request
 from .errors import ConfigError
 from .files import write_json, write_whole
 from .images import to_pil
@@ -45,12 +46,14 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         "think": asked.think,
         "reflect": asked.reflect,
     }
+    if asked.draft is not None:
+        request["draft"] = asdict(asked.draft)
     return {
         "version": TRACE_VERSION,
         "request": {**request, **(run or {})},
         "thought": trace.thought and {"original": trace.thought.original, "instruction": trace.thought.instruction},
         "target": trace.target,
-        "rounds": [_round_record(done) for done in trace.rounds],
+        "rounds": [_round_record(done) | _draft_record(done, trace) for done in trace.rounds],
         "best": trace.best,
         "stop_reason": trace.stop_reason or "running",
         "counts": asdict(counts),
@@ -164,6 +167,15 @@ def _round_record(done: Round) -> dict[str, Any]:
         "scores": _scores_record(seen.scores) if seen else None,
         "seconds": round(done.seconds, 3),
     }
+
+
+def _draft_record(done: Round, trace: EditTrace) -> dict[str, Any]:
+    """Of runs with drafts: the steps of a round, and the draft that it repeats."""
+    request = trace.request
+    if request.draft is None:
+        return {}
+    drafted = request.reflect and done.full_of is None
+    return {"steps": (draft_request(request) if drafted else request).steps, "full_of": done.full_of}
 
 
 def _scores_record(scores: Scores) -> dict[str, Any]:

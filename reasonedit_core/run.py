@@ -117,6 +117,7 @@ def run_to_folder(
                 reasoner=system.reasoner,
                 generator=system.generator,
                 policy=policy,
+                drafter=system.drafter,
                 on_round=store,
                 on_step=bars.step,
                 on_text=bars.text,
@@ -135,6 +136,8 @@ def round_line(done: Round) -> str:
     """One line that says what a round did."""
     words = f"round {done.index + 1}: {short(done.instruction)}"
     seen = done.reflection
+    if done.full_of is not None:
+        return f"{words} -> round {done.full_of + 1} in full ({done.seconds:.1f} s)"
     if seen is None:
         return f"{words} -> not judged ({done.seconds:.1f} s)"
     scores = [f"{name} {'/'.join(f'{v:.3g}' for v in pair)}" for name, pair in _pairs(seen.scores)]

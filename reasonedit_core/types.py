@@ -23,12 +23,21 @@ class Decision(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """How rounds are made while the loop looks for the right instruction: `steps`, and `guidance` (None: the request's)."""
+
+    steps: int
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EditRequest:
     """One run of the loop, as the user asked for it.
 
     image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
     guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
-    max_rounds: the largest number of edits. max_seconds: no round is started after this time.
+    max_rounds: the largest number of edits. max_seconds: no round is started after this time. draft: make rounds as drafts and
+    only what led to the chosen one in full (`drafts`); of no effect without reflection.
     """
 
     image: torch.Tensor
@@ -43,6 +52,7 @@ class EditRequest:
     max_seconds: float | None = None
     think: bool = True
     reflect: bool = True
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,8 @@ class Edited:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One edit with its reflection. `input_index` names the round whose picture was edited; None means the source."""
+    """One edit with its reflection. `input_index` names the round whose picture was edited; None means the source. full_of:
+    the draft that this round repeats with all steps; such rounds come after all others and are not judged."""
 
     index: int
     instruction: str
@@ -107,6 +118,7 @@ class Round:
     edited: Edited
     reflection: Reflection | None = None
     seconds: float = 0.0
+    full_of: int | None = None
 
     @property
     def image(self) -> torch.Tensor:
