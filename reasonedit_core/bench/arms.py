@@ -83,7 +83,10 @@ def forward(job: Job) -> Run:
 
 
 def reflect(job: Job) -> Run:
-    """One round's questions, `tokens` of answer each: describe, then three scores in one batch, then the verdict."""
+    """One round's questions, `tokens` of answer each: describe, then three scores in one batch, then the verdict.
+
+    Every score is asked for, though a round that is accepted needs one of the three only. guesses: see `QwenVL`.
+    """
     from ..dialogue.prompts import load_pack
     from ..images import load_image
     from ..reasoners.qwen import QwenSpeaker
@@ -94,6 +97,7 @@ def reflect(job: Job) -> Run:
 
     mllm = _mllm(job)
     mllm.vocabulary().stops = frozenset()  # an answer ends when its tokens are used up
+    mllm.guesses = job.get("guesses", False)
     split = Split(mllm.model, job["device"])
     script = ScriptedSpeaker(one_round(len(job["pictures"])))
     speaker = _Fixed(QwenSpeaker(mllm), script, split, job["tokens"])

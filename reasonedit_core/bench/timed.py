@@ -20,7 +20,12 @@ NO_REGION = "region-aware denoising (denoisers/region.py), which does not exist 
 NO_CUDA = "no CUDA device"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
+GUESSED = "ours, guessed ahead (random weights repeat themselves)"
+
 LEVEL = 256
+SEEN = 1024
+"""Side of the pictures of a reflection: as large as the released reasoner lets them be, 1,024 tokens each."""
+
 REGION_SHARE = 0.25
 
 Tell = Callable[[str], None]
@@ -180,6 +185,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
 
     common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
     pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
+    seen = write_pictures(folder / "seen", 2 * options.runs, (SEEN, SEEN))
 
     def job(name: str, system: str, weights: Path, **more: Any) -> dict[str, Any]:
         out = folder / "out" / name
@@ -193,7 +199,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     return [
         edit_group_s(lambda name, **more: job(f"s-{name}", "reasonedit-s", s, **more), peers, "small"),
         edit_group_q(lambda name, **more: job(f"q-{name}", "reasonedit-q", q, **more), peers, "small"),
-        reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
+        reflection_group({**common, "folder": str(mllm), "pictures": seen, "tokens": options.tokens}, peers, "small"),
     ]
 
 
@@ -226,7 +232,10 @@ def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
 
 
 def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
-    """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate."""
+    """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate.
+
+    Guessing ahead has an arm of its own: how often a guess holds is a matter of what is said, and random weights say nothing.
+    """
     from .script import one_round
 
     replies = {task: texts[0] for task, texts in one_round(1).items()}
@@ -235,6 +244,7 @@ def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
         Arm(REASONER, module, {**job, "arm": "released", "replies": replies}, peers.step1x()),
         Arm(STOCK, module, {**job, "arm": "stock", "questions": questions()}),
         Arm("ours", "reasonedit_core.bench.arms", {**job, "arm": "reflect"}),
+        Arm(GUESSED, "reasonedit_core.bench.arms", {**job, "arm": "reflect", "guesses": True}),
     )
     return Group(f"reflection, {size}", arms, (REASONER, STOCK, "ours"))
 

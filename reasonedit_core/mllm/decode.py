@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from ..types import OnText, ShouldStop
 
 MAX_BATCH = 4
+PIECE = 256
+"""Tokens of a segment that are read at once behind others on a CPU, where attention computes what a mask then hides."""
+
 LITERAL_TOKENS = 64
 """Room for the literals of a form, which come on top of its budget. The cache grows where this is too little."""
 
@@ -169,15 +172,23 @@ def _prefill(mllm: QwenVL, cache: KVCache, at: int, row: _Row, should_stop: Shou
     known, start, layers = store.longest(row.segments[:-1])
     if known:
         cache.copy_in(at, layers, start)
+    model = language_model(mllm.model)
     for length in row.lengths[known:]:
-        _poll(should_stop)
-        span = slice(start, start + length)
-        model = language_model(mllm.model)
-        hidden = forward(model, cache, [at], row.embeds[:, span], row.positions[:, :, span], [length])
-        start += length
+        for piece in _pieces(start, length, mllm.device):
+            _poll(should_stop)
+            span = slice(start, start + piece)
+            hidden = forward(model, cache, [at], row.embeds[:, span], row.positions[:, :, span], [piece])
+            start += piece
         store.computed += length
     store.put(row.segments[:-1], row.lengths[:-1], cache, at)
     row.logits = mllm.model.lm_head(hidden[:, -1]).float()
+
+
+def _pieces(start: int, length: int, device: torch.device) -> list[int]:
+    """How a segment is cut for reading. It depends on nothing but its place, so that kept and computed segments are alike."""
+    if start == 0 or device.type != "cpu":
+        return [length]
+    return [min(PIECE, length - at) for at in range(0, length, PIECE)]
 
 
 def _advance(
