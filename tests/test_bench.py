@@ -174,7 +174,7 @@ def test_small_groups_name_every_arm_of_the_comparison(tmp_path, monkeypatch):
     assert s.baselines[0] == STEP1X and {arm.name for arm in s.arms if arm.missing is None} == {timed.OURS}
     assert [arm.missing for arm in s.arms if arm.name in timed.REGION_ARMS] == [timed.NO_REGION] * 2
     assert all(arm.missing is None for arm in q.arms)
-    assert {arm.name for arm in reflection.arms} == {"released reasoner", timed.STOCK, "ours"}
+    assert {arm.name for arm in reflection.arms} == {"released reasoner", timed.STOCK, "ours", timed.ACCEPTED, timed.GUESSED}
     jobs = [arm.job for group in (s, q, reflection) for arm in group.arms if arm.job]
     json.dumps(jobs)  # they go to the processes as JSON
     assert len({job["out"] for job in jobs if "out" in job}) == sum("out" in job for job in jobs), "a folder for each arm"

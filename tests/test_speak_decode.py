@@ -366,3 +366,31 @@ def test_where_there_is_no_graph_a_reason_is_given(mllm):
     assert steps.refusal(layer, torch.device("cuda")) is None
     layer[0].register_forward_pre_hook(lambda *given: None)
     assert "0 has hooks" in steps.refusal(layer, torch.device("cuda"))
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_prepared_once_however_often_it_is_shown(mllm, monkeypatch):
+    from reasonedit.reasonedit_core.mllm import qwen25vl
+
+    prepared = []
+    real = qwen25vl.prepare
+    monkeypatch.setattr(qwen25vl, "prepare", lambda image, **how: prepared.append(how) or real(image, **how))
+    image = picture(40)
+    first = mllm.vision(image, **BOUNDS)
+    assert mllm.vision(image, **BOUNDS) is first and len(prepared) == 1
+    assert mllm.vision(image.clone(), **BOUNDS) is first and len(prepared) == 2, "another tensor of equal pixels"
+    mllm.vision(image, **BOUNDS, snap=True)
+    assert len(prepared) == 3, "prepared otherwise"
+    image[..., :35, :] = 0
+    assert mllm.vision(image, **BOUNDS).key != first.key and len(prepared) == 4, "it was written to"
+    mllm.release()
+    assert mllm.vision(image, **BOUNDS).tokens.shape == first.tokens.shape and mllm.counts.vision_passes == 4
+    with torch.inference_mode():
+        silent = picture(41)
+    before = len(prepared)
+    assert mllm.vision(silent, **BOUNDS) is mllm.vision(silent, **BOUNDS) and len(prepared) == before + 2
+    for seed in range(42, 42 + qwen25vl.FEATURES_KEPT + 1):
+        mllm.vision(picture(seed), **BOUNDS)
+    assert len(mllm._shown._keys) <= qwen25vl.FEATURES_KEPT

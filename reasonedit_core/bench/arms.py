@@ -85,7 +85,7 @@ def forward(job: Job) -> Run:
 def reflect(job: Job) -> Run:
     """One round's questions, `tokens` of answer each: describe, then three scores in one batch, then the verdict.
 
-    Every score is asked for, though a round that is accepted needs one of the three only. guesses: see `QwenVL`.
+    scores: false leaves two of the three scores out, as for a round that is accepted. guesses: see `QwenVL`.
     """
     from ..dialogue.prompts import load_pack
     from ..images import load_image
@@ -108,7 +108,7 @@ def reflect(job: Job) -> Run:
         split.reset()
         source, result = pictures[2 * number : 2 * number + 2]
         target = reasoner.describe(source, INSTRUCTION)
-        reasoner.reflect(source, result, INSTRUCTION, target)
+        reasoner.reflect(source, result, INSTRUCTION, target, scores=job.get("scores", True))
         return split.parts()
 
     return run

@@ -20,6 +20,7 @@ NO_REGION = "region-aware denoising (denoisers/region.py), which does not exist 
 NO_CUDA = "no CUDA device"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
+ACCEPTED = "ours, accepted at once (three questions, scores lazy)"
 GUESSED = "ours, guessed ahead (random weights repeat themselves)"
 
 LEVEL = 256
@@ -234,7 +235,9 @@ def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
 def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
     """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate.
 
-    Guessing ahead has an arm of its own: how often a guess holds is a matter of what is said, and random weights say nothing.
+    All arms but one ask all five. ACCEPTED is what is left of them for a round that is accepted, where the released reasoner
+    asks five all the same. Guessing ahead has an arm of its own: how often a guess holds is a matter of what is said, and
+    random weights say nothing.
     """
     from .script import one_round
 
@@ -244,6 +247,7 @@ def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
         Arm(REASONER, module, {**job, "arm": "released", "replies": replies}, peers.step1x()),
         Arm(STOCK, module, {**job, "arm": "stock", "questions": questions()}),
         Arm("ours", "reasonedit_core.bench.arms", {**job, "arm": "reflect"}),
+        Arm(ACCEPTED, "reasonedit_core.bench.arms", {**job, "arm": "reflect", "scores": False}),
         Arm(GUESSED, "reasonedit_core.bench.arms", {**job, "arm": "reflect", "guesses": True}),
     )
     return Group(f"reflection, {size}", arms, (REASONER, STOCK, "ours"))

@@ -18,7 +18,7 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..types import Counts
 from .positions import rope_positions
-from .vision import patchify, prepare
+from .vision import Shown, patchify, prepare
 
 if TYPE_CHECKING:
     from .cache import PrefixStore
@@ -77,6 +77,7 @@ class QwenVL:
         self.repetition_penalty = repetition_penalty
         self.image_token_id = int(self.config.image_token_id)
         self._features: OrderedDict[tuple[str, torch.device], VisionFeatures] = OrderedDict()
+        self._shown = Shown(FEATURES_KEPT)
         self._vocabulary: Vocabulary | None = None
         self._prefixes: PrefixStore | None = None
         self._stepping: Stepping | None = None
@@ -115,9 +116,15 @@ class QwenVL:
     ) -> VisionFeatures:
         """Features of a picture (1, 3, H, W) in 0..1. A picture already seen at this size costs no pass.
 
-        max_side, snap: see `vision.prepare`.
+        max_side, snap: see `vision.prepare`. The very tensor that was shown before is known without a look at its pixels.
         """
+        how = (min_pixels, max_pixels, max_side, snap)
+        slot = (self._shown.key_of(image, how) or "", self.device)
+        if slot in self._features:
+            self._features.move_to_end(slot)
+            return self._features[slot]
         pixels, size, key = prepare(image, min_pixels=min_pixels, max_pixels=max_pixels, max_side=max_side, snap=snap)
+        self._shown.note(image, how, key)
         slot = (key, self.device)
         if slot in self._features:
             self._features.move_to_end(slot)
