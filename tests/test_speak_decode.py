@@ -14,6 +14,7 @@ from reasonedit.reasonedit_core.interfaces import Query
 from reasonedit.reasonedit_core.mllm import decode, steps
 from reasonedit.reasonedit_core.mllm.cache import KVCache
 from reasonedit.reasonedit_core.mllm.decode import generate, pick
+from reasonedit.reasonedit_core.mllm.lean import lean_refusal
 from reasonedit.reasonedit_core.mllm.load import load_mllm
 from reasonedit.reasonedit_core.mllm.lookup import GRAMS, WIDEST, Lookup
 from reasonedit.reasonedit_core.mllm.qwen25vl import language_model
@@ -231,6 +232,42 @@ def test_fixed_addresses_say_the_same(mllm, guesses, temperature):
     assert max(float((a - b)[~a.isinf()].abs().max()) for a, b in shown) < 1e-4
 
 
+@pytest.mark.parametrize("guesses", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_lean_steps_say_the_same(mllm, guesses, temperature):
+    queries = [replace(asked, temperature=temperature, seed=7 + n) for n, asked in enumerate(MIXED)]
+    loose, tight = [], []
+    plain = say(fresh(mllm, mode="plain", guesses=guesses), *queries, record=loose)
+    lean = say(fresh(mllm, mode="lean", guesses=guesses), *queries, record=tight)
+    assert lean == plain, "the same passes too: hooks on the whole model see them"
+    shown = [(a, b) for a, b in zip(loose, tight, strict=True)]
+    assert max(float((a - b)[~a.isinf()].abs().max()) for a, b in shown) < 1e-4
+
+
+def test_lean_steps_are_left_to_transformers_where_they_might_differ(mllm):
+    model = language_model(mllm.model)
+    assert lean_refusal(model, torch.device("cpu")) is None
+    assert "on cuda" in lean_refusal(model, torch.device("cuda"))
+    hook = model.layers[1].register_forward_pre_hook(lambda *given: None)
+    try:
+        assert lean_refusal(model, torch.device("cpu")) == "layers.1 has hooks"
+        say(fresh(mllm), MIXED[0])
+        assert mllm.stepping().reason.endswith("; not lean: layers.1 has hooks")
+    finally:
+        hook.remove()
+    attention = model.layers[0].self_attn
+    attention.q_norm = torch.nn.LayerNorm(4)
+    try:
+        assert lean_refusal(model, torch.device("cpu")) == "layer 0 is built in another way"
+    finally:
+        del attention.q_norm
+    attention.sliding_window = 7
+    try:
+        assert lean_refusal(model, torch.device("cpu")) == "layer 0 sees a window only"
+    finally:
+        attention.sliding_window = None
+
+
 def test_the_cache_stays_where_it_is(mllm):
     fresh(mllm, mode="static")
     stepping = mllm.stepping()
@@ -357,7 +394,7 @@ def test_weights_that_moved_make_graphs_anew(mllm):
 def test_where_there_is_no_graph_a_reason_is_given(mllm):
     fresh(mllm)
     say(mllm, MIXED[0])
-    assert mllm.stepping().reason == "plain steps: no CUDA device: the weights are on cpu"
+    assert mllm.stepping().reason == "lean steps: no CUDA device: the weights are on cpu"
     say(fresh(mllm, mode="graph"), MIXED[0])
     assert mllm.stepping().reason == "static steps: no CUDA device: the weights are on cpu"
     model = language_model(mllm.model)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache import KVCache
+from .lean import LeanDecoder, lean_refusal
 from .qwen25vl import MASKS
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "plain", "static", "graph")
-"""How steps are made. plain: over the filled part of the cache; static: over fixed addresses; graph: the same, recorded; auto:
-graph where that is possible, else plain."""
+MODES = ("auto", "plain", "lean", "static", "graph")
+"""How steps are made. plain: over the filled part of the cache; lean: the same without transformers' forward; static: over
+fixed addresses; graph: the same, recorded; auto: graph where that is possible, else lean, else plain."""
 
 WIDTHS = (1, 2, 4, 8, 16)
 """Tokens per row of a pass over fixed addresses; a pass is padded to the next one, a longer one is made plainly."""
@@ -167,13 +168,20 @@ class FixedSteps:
 
 
 class PlainSteps:
-    """Passes over the filled part of a cache."""
+    """Passes over the filled part of a cache. lean: who makes them instead of transformers, or None."""
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: KVCache, lean: LeanDecoder | None = None) -> None:
+        self.model, self.cache, self.lean = model, cache, lean
 
     def step(self, feeds: Sequence[Sequence[int]], places: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """See `FixedSteps`."""
+        if self.lean is not None:
+            longest = max(len(feed) for feed in feeds)
+            mask = self.cache.aim(range(len(feeds)), longest)
+            at = torch.tensor(places)[:, None] + torch.arange(longest)
+            hidden = self.lean(self.cache, padded(feeds, longest), at, mask)
+            self.cache.advance(counts)
+            return hidden
         return plain_step(self.model, self.cache, feeds, places, counts)
 
 
@@ -211,9 +219,11 @@ class Stepping:
         """A cache of `rows` empty rows with `size` places each, and who makes its steps. most: rows of the largest batch."""
         config = mllm.config.get_text_config()
         why = refusal(model, mllm.device) if self.mode in ("auto", "graph") else f"{self.mode} steps were asked for"
-        if self.mode == "plain" or (self.mode == "auto" and why is not None):
-            self._tell(f"plain steps: {why}")
-            return PlainSteps(model, KVCache(config, rows, size, dtype=mllm.dtype, device=mllm.device))
+        if self.mode in ("plain", "lean") or (self.mode == "auto" and why is not None):
+            slow = lean_refusal(model, mllm.device) if self.mode != "plain" else None
+            lean = LeanDecoder(model) if self.mode != "plain" and slow is None else None
+            self._tell(f"{'plain' if lean is None else 'lean'} steps: {why}" + (f"; not lean: {slow}" if slow else ""))
+            return PlainSteps(model, KVCache(config, rows, size, dtype=mllm.dtype, device=mllm.device), lean)
         size = -(-(size + WIDTHS[-1]) // SIZE_STEP) * SIZE_STEP
         kept = self._kept
         if kept is not None and (kept.stale or kept.cache.size < size or kept.cache.keys[0].shape[0] < rows):
