@@ -377,6 +377,7 @@ def _load_speaking(spec: SystemSpec, path: str, counts: Counts, loras: Loras) ->
 
     dtype, device, home = _placement(spec)
     mllm = load_mllm(Path(path), dtype=dtype, device=home, tokenizer_path=spec.tokenizer, counts=counts)
+    _note_moves(spec, mllm)
     notes = _apply_loras(loras, mllm)
     return mllm, _mover(spec, device, mllm=mllm.model), notes
 
@@ -392,7 +393,7 @@ def _qwen_speaker(mllm: QwenVL, settings: Settings, mover: Mover) -> Speaker:
 def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch.device, counts: Counts) -> QwenVL:
     from .mllm.load import load_mllm
 
-    return load_mllm(
+    mllm = load_mllm(
         parts.mllm,
         dtype=dtype,
         device=device,
@@ -400,6 +401,13 @@ def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch
         tokenizer_path=parts.tokenizer,
         counts=counts,
     )
+    _note_moves(spec, mllm)
+    return mllm
+
+
+def _note_moves(spec: SystemSpec, mllm: QwenVL) -> None:
+    if spec.offload != "none" or spec.make_mover is not None:
+        mllm.stepping().declined = "the weights are moved between calls"
 
 
 def _apply_loras(loras: Loras, mllm: QwenVL, transformer: torch.nn.Module | None = None) -> list[str]:

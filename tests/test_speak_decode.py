@@ -391,7 +391,7 @@ def test_weights_that_moved_make_graphs_anew(mllm):
         weight.data = before
 
 
-def test_where_there_is_no_graph_a_reason_is_given(mllm):
+def test_where_there_is_no_graph_a_reason_is_given(mllm, monkeypatch):
     fresh(mllm)
     say(mllm, MIXED[0])
     assert mllm.stepping().reason == "lean steps: no CUDA device: the weights are on cpu"
@@ -399,6 +399,15 @@ def test_where_there_is_no_graph_a_reason_is_given(mllm):
     assert mllm.stepping().reason == "static steps: no CUDA device: the weights are on cpu"
     model = language_model(mllm.model)
     assert steps.refusal(model, torch.device("cuda:0")).startswith("not all weights are on cuda:0: ")
+    fresh(mllm)
+    monkeypatch.setattr(steps, "refusal", lambda model, device: None)  # as on a card
+    mllm.stepping().declined = "the weights are moved between calls"
+    try:
+        say(mllm, MIXED[0])
+        assert mllm.stepping().reason == "lean steps: the weights are moved between calls" and mllm.stepping()._kept is None
+    finally:
+        mllm.stepping().declined = ""
+    monkeypatch.undo()
     layer = torch.nn.Sequential(torch.nn.Identity())
     assert steps.refusal(layer, torch.device("cuda")) is None
     layer[0].register_forward_pre_hook(lambda *given: None)

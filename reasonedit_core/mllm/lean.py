@@ -80,7 +80,7 @@ class LeanDecoder:
         v = module.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         keys, values = cache.update(k, v, layer)
         q = q.reshape(batch, self.kv_heads, group * length, self.head_dim)
-        mixed = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=module.scaling)
+        mixed = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=getattr(module, "scaling", None))
         mixed = mixed.view(batch, self.heads, length, self.head_dim).transpose(1, 2)
         return module.o_proj(mixed.reshape(batch, length, -1))
 

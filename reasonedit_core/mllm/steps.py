@@ -208,17 +208,20 @@ def addresses(model: Any) -> int:
 class Stepping:
     """Chooses how an MLLM's steps are made, and keeps the cache of fixed addresses with its graphs between calls.
 
-    mode: one of MODES. `reason` says what became of it, for people.
+    mode: one of MODES. declined: why `auto` is not to record graphs, "" where it may: weights that move between calls have
+    every graph made anew, and leave cache and graphs behind on the device. `reason` says what became of it, for people.
     """
 
     def __init__(self, mode: str = "auto") -> None:
-        self.mode, self.reason = mode, ""
+        self.mode, self.declined, self.reason = mode, "", ""
         self._kept: FixedSteps | None = None
 
     def open(self, mllm: QwenVL, model: Any, rows: int, size: int, most: int) -> PlainSteps | FixedSteps:
         """A cache of `rows` empty rows with `size` places each, and who makes its steps. most: rows of the largest batch."""
         config = mllm.config.get_text_config()
         why = refusal(model, mllm.device) if self.mode in ("auto", "graph") else f"{self.mode} steps were asked for"
+        if self.mode == "auto":
+            why = why or self.declined or None
         if self.mode in ("plain", "lean") or (self.mode == "auto" and why is not None):
             slow = lean_refusal(model, mllm.device) if self.mode != "plain" else None
             lean = LeanDecoder(model) if self.mode != "plain" and slow is None else None
