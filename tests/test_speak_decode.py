@@ -376,6 +376,20 @@ def test_a_graph_that_fails_is_not_used_and_says_why(mllm, monkeypatch, caplog, 
     assert len(recorder.replayed) <= 1 and words in mllm.stepping().reason
 
 
+def test_graphs_are_made_anew_when_the_cache_has_grown(mllm, monkeypatch):
+    """They would write where it lay before."""
+    model = language_model(mllm.model)
+    cache = KVCache(mllm.config.get_text_config(), 1, 6, dtype=torch.float32, device=mllm.device)
+    fixed = steps.FixedSteps(model, cache, record=True)
+    recorder = Recorder(fixed, monkeypatch)
+    roomy = KVCache(mllm.config.get_text_config(), 1, 40, dtype=torch.float32, device=mllm.device)
+    with torch.no_grad():
+        found = [fixed.step([[n]], [n], [1]).clone() for n in range(12)]
+        plain = [steps.plain_step(model, roomy, [[n]], [n], [1]) for n in range(12)]
+    assert cache.grown >= 1 and len(recorder.recorded) >= 2 and not fixed.stale
+    assert torch.allclose(torch.cat(found), torch.cat(plain), atol=1e-4)
+
+
 def test_weights_that_moved_make_graphs_anew(mllm):
     fresh(mllm, mode="static")
     say(mllm, MIXED[0])

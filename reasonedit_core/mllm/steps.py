@@ -111,13 +111,18 @@ class FixedSteps:
     def step(self, feeds: Sequence[Sequence[int]], places: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """Feed each row its tokens, the first at its place; hidden states (B, T, D), T at least the longest feed.
 
-        counts: tokens per row that stay in the cache; what was fed beyond is overwritten by the next pass.
+        counts: tokens per row that stay in the cache; what was fed beyond is overwritten by the next pass. The states of a
+        replayed pass lie where the next one writes its own.
         """
         longest = max(len(feed) for feed in feeds)
         width = next((width for width in WIDTHS if width >= longest), longest)
         lengths = self.cache.lengths
         if width > WIDTHS[-1] or max(lengths) + width > self.cache.size:
-            return plain_step(self.model, self.cache, feeds, places, counts)
+            hidden = plain_step(self.model, self.cache, feeds, places, counts)
+            if self.cache.grown != self._made_at[0]:  # it lies elsewhere now
+                self._graphs.clear()
+                self._made_at = (self.cache.grown, self._made_at[1])
+            return hidden
         rows = len(feeds)
         ahead = torch.arange(width)
         self._tokens[:rows, :width] = padded(feeds, width).to(self._tokens.device)
