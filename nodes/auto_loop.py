@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..reasonedit_core.errors import ReasonerError
+from ..reasonedit_core.interfaces import Pair
 from ..reasonedit_core.loop import think_edit_reflect
 from ..reasonedit_core.types import Edited, EditRequest, EditTrace, Reflection, Thought
 from . import host
@@ -21,7 +22,7 @@ from .host import io
 from .outcome import all_rounds, picked, policy_of, report_of, result_outputs, settings_inputs
 from .sockets import EditorHandle, History, HistoryRound, ReasonerHandle, Verdict, alpha_of, to_image, to_picture
 from .think import require
-from .widgets import generation_inputs, no_text, seed_input
+from .widgets import generation_inputs, no_text, scores_input, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,15 @@ class _Asked:
         self._handle.expect()
         return self._inner.describe(image, goal, original=original)
 
-    def reflect(self, *pictures_and_texts: Any, original: str | None = None) -> Reflection:
+    def reflect(self, *pictures_and_texts: Any, **more: Any) -> Reflection:
         """See `Reasoner`."""
         self._handle.expect()
-        return self._inner.reflect(*pictures_and_texts, original=original)
+        return self._inner.reflect(*pictures_and_texts, **more)
+
+    def grade(self, *pictures_and_texts: Any, original: str | None = None) -> list[tuple[Pair, Pair]]:
+        """See `Reasoner`."""
+        self._handle.expect()
+        return self._inner.grade(*pictures_and_texts, original=original)
 
 
 class _Edits:
@@ -139,6 +145,7 @@ class AutoLoop(io.ComfyNode):
                 ),
                 io.Image.Input("reference_2", optional=True, tooltip="A second picture (Qwen-Image-Edit-2509 and -2511 only)."),
                 io.Image.Input("reference_3", optional=True, tooltip="A third picture (Qwen-Image-Edit-2509 and -2511 only)."),
+                scores_input(),
             ],
             outputs=result_outputs(),
             hidden=host.WHO,
@@ -173,9 +180,11 @@ class AutoLoop(io.ComfyNode):
         reasoner=None,
         reference_2=None,
         reference_3=None,
+        scores="always",
     ) -> io.NodeOutput:
         """Run the core's loop."""
         rules, watch, rounds = policy_of(policy, on_failed, revise, accept, doubt), host.Watch(cls.hidden), Rounds()
+        rules = replace(rules, lazy_scores=scores == "lazy" and not rules.released)
         if remark := editor.remark(image):
             log.warning("%s", remark)
         references = [to_picture(r, f"reference_{n}") for n, r in ((2, reference_2), (3, reference_3)) if r is not None]

@@ -93,7 +93,8 @@ def policy_of(policy: str, on_failed: str, revise: str, accept: float, doubt: fl
     named = POLICIES[policy]
     if named.released:
         return named
-    return replace(named, on_failed=on_failed, revise=revise, accept=accept, doubt=doubt)
+    # In a graph Reflect has asked for the scores before this policy is looked at.
+    return replace(named, on_failed=on_failed, revise=revise, accept=accept, doubt=doubt, lazy_scores=False)
 
 
 def picked(trace: EditTrace, policy: Policy, pick: str) -> int | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..reasonedit_core import loop
 from ..reasonedit_core.errors import MalformedReply
-from ..reasonedit_core.types import Reflection
+from ..reasonedit_core.interfaces import Reasoner
+from ..reasonedit_core.types import Policy, Reflection
 from . import host
 from .host import HistorySocket, ReasonerSocket, VerdictSocket, io
 from .sockets import History, ReasonerHandle, Verdict, to_picture
 from .think import require
-from .widgets import no_text, policy_input, seed_input
+from .widgets import no_text, policy_input, scores_input, seed_input
 
 
 def judge(
@@ -28,10 +30,12 @@ def judge(
     history: History | None = None,
     policy: str = "reasonedit",
     seed: int = 0,
+    lazy: bool = False,
     on_text: Callable[[str, str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Verdict:
-    """The verdict on `edited`. source, edited: IMAGEs of one picture.
+    """The verdict on `edited`. source, edited: IMAGEs of one picture. lazy: ask for the scores that compare rounds only where
+    the result is neither accepted, by the policy's own measure of doubt, nor failed.
 
     Within a run (history) its goal, its user's words and its description of the target are kept, unless it thought again.
     There a reply that cannot be read makes a verdict without a reflection, so that the rounds already paid for are kept;
@@ -50,12 +54,31 @@ def judge(
     reflection, problem = None, ""
     try:
         target = target or asked.describe(before, goal, original=original)
-        reflection = asked.reflect(before, after, goal, target, original=original)
+        reflection = _reflected(asked, before, after, goal, target, original, loop.POLICIES[policy], lazy)
     except MalformedReply as error:
         if alone:
             raise
         problem = str(error)
     return Verdict(reflection, goal, original, target, before, time.monotonic() - started, problem)
+
+
+def _reflected(
+    asked: Reasoner,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    goal: str,
+    target: str,
+    original: str,
+    policy: Policy,
+    lazy: bool,
+) -> Reflection:
+    if not lazy or policy.released:
+        return asked.reflect(before, after, goal, target, original=original)
+    seen = asked.reflect(before, after, goal, target, original=original, scores=False)
+    if seen.scores.asked or not loop.may_stand(seen) or loop.believed(seen, policy):
+        return seen
+    ((edit, quality),) = asked.grade(before, [(after, goal, target)], original=original)
+    return replace(seen, scores=replace(seen.scores, edit=edit, quality=quality, asked=True))
 
 
 def words(reflection: Reflection | None, accepted: bool, problem: str = "") -> str:
@@ -66,6 +89,7 @@ def words(reflection: Reflection | None, accepted: bool, problem: str = "") -> s
     named = (("edit", s.edit), ("quality", s.quality), ("consistency", None if s.consistency is None else (s.consistency,)))
     parts = [f"{name} {' and '.join(f'{value:g}' for value in values)}" for name, values in named if values is not None]
     lines = [reflection.decision.value + ("" if accepted or reflection.decision != "success" else " (not believed)")]
+    parts += [] if s.asked else ["edit and quality not asked for"]
     lines += [", ".join(parts)] if parts else []
     lines += [reflection.reason] if reflection.reason else []
     lines += [f"Next: {reflection.instruction}"] if reflection.instruction else []
@@ -113,6 +137,7 @@ class Reflect(io.ComfyNode):
                     tooltip="Inside a loop: the history of Loop Open. Goal, your own words and the description are then those "
                     "of the first round.",
                 ),
+                scores_input(),
             ],
             outputs=[
                 VerdictSocket.Output("verdict", display_name="verdict", tooltip="For Loop Close."),
@@ -140,7 +165,9 @@ class Reflect(io.ComfyNode):
         return no_text("goal", goal, "what should be seen", "Write it, or wire Think's goal to it.")
 
     @classmethod
-    def execute(cls, reasoner, source, edited, goal, seed, policy, original="", target="", history=None) -> io.NodeOutput:
+    def execute(
+        cls, reasoner, source, edited, goal, seed, policy, original="", target="", history=None, scores="always"
+    ) -> io.NodeOutput:
         """Judge."""
         watch = host.Watch(cls.hidden)
         with host.cancellable(cls.hidden, "Reflect"):
@@ -154,6 +181,7 @@ class Reflect(io.ComfyNode):
                 history=history,
                 policy=policy,
                 seed=seed,
+                lazy=scores == "lazy",
                 on_text=watch.on_text,
                 should_stop=host.should_stop,
             )

@@ -56,7 +56,7 @@ def to_record(history: History) -> tuple[dict[str, Any], dict[str, torch.Tensor]
                 "original": verdict.original,
                 "target": verdict.target,
                 "seconds": verdict.seconds,
-                "reflection": None if verdict.reflection is None else asdict(verdict.reflection),
+                "reflection": None if verdict.reflection is None else _told(verdict.reflection),
                 "problem": verdict.problem,
             }
         )
@@ -84,6 +84,14 @@ def from_record(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
         edited = Edited(image, generated, tensors.get(f"{n}.latents"))
         history.append(HistoryRound(entry["instruction"], entry["input_index"], edited, verdict, entry["rethink"]))
     return tuple(history)
+
+
+def _told(reflection: Reflection) -> dict[str, Any]:
+    """`asked` is written only where it says something, so that older versions of this pack read the other files."""
+    entry = asdict(reflection)
+    if reflection.scores.asked:
+        del entry["scores"]["asked"]
+    return entry
 
 
 def _reflection(entry: Mapping[str, Any]) -> Reflection:

@@ -25,6 +25,18 @@ def policy_input() -> io.Combo.Input:
     )
 
 
+def scores_input() -> io.Combo.Input:
+    """When edit and quality scores are asked for."""
+    return io.Combo.Input(
+        "scores",
+        ["always", "lazy"],
+        default="always",
+        optional=True,
+        tooltip="lazy: the scores that only compare rounds are not asked for where nothing is compared, as when the first "
+        "round is accepted. The pictures are the same. The released policy always asks.",
+    )
+
+
 def generation_inputs() -> list[Any]:
     """How a picture is generated: steps, guidance, size, negative. 0 and the empty text stand for the checkpoint's own."""
     return [

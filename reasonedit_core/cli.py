@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from .region_options import add_region_options, interval_of, region_of, step_cac
 
 SYSTEMS = ("reasonedit-s", "reasonedit-q")
 POLICIES = ("reasonedit", "released")
+SCORES = ("lazy", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VARIANTS = ("auto", "v1.0", "v1.1", "v1.2")
 MAX_SEED = 2**63 - 1
@@ -119,12 +121,16 @@ def run_edit(args: argparse.Namespace) -> int:
     from .mini.scenes import picture_remark
     from .report import RunFolder
     from .run import Bars, outcome_line, round_line, run_to_folder
-    from .types import EditRequest
+    from .types import Draft, EditRequest
 
     if not args.instruction.strip():
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
+    _check_draft(args)
     if args.weights is None and args.system not in MINIS:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
+    lazy = (args.scores or ("always" if args.policy == "released" else "lazy")) == "lazy"
+    if lazy and args.policy == "released":
+        raise ConfigError("--scores: expected always with --policy released, which chooses by scores, found lazy; leave it out")
     picture = load_image(args.image)
     region, interval = region_of(args, picture.rgb), interval_of(args)
     references = tuple(load_image(path) for path in args.reference)
@@ -133,7 +139,8 @@ def run_edit(args: argparse.Namespace) -> int:
     bars = Bars(args.quiet)
     tell: Callable[[str], None] = (lambda text: None) if args.quiet else say
     run = {"image": str(args.image), "references": [str(path) for path in args.reference], "system": args.system}
-    run |= {"policy": args.policy, "reasoner": args.reasoner, "device": device.type, "dtype": dtype}
+    run |= {"policy": args.policy, "scores": "lazy" if lazy else "always", "reasoner": args.reasoner}
+    run |= {"device": device.type, "dtype": dtype}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
     spec = SystemSpec(
         system=args.system,
@@ -145,6 +152,7 @@ def run_edit(args: argparse.Namespace) -> int:
         device=str(device),
         loras=tuple(args.lora),
         reasoner_loras=tuple(args.reasoner_lora),
+        draft_loras=(args.draft_lora,) if args.draft_lora else (),
         offload=args.offload,
         weights_dtype=args.weights_dtype,
         variant=args.variant,
@@ -152,8 +160,11 @@ def run_edit(args: argparse.Namespace) -> int:
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
+    policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
     folder.note = system.settings.notice
+    if args.draft_lora:
+        folder.describe(draft_lora=_told([args.draft_lora])[0])
     if args.reasoner_lora:
         folder.describe(reasoner_loras=_told(args.reasoner_lora))
     for note in [picture.note and f"{args.image}: {picture.note}", *system.notes]:
@@ -178,13 +189,27 @@ def run_edit(args: argparse.Namespace) -> int:
         region=region,
         guidance_interval=interval,
         step_cache=step_cache_of(args),
+        draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
     )
-    trace = run_to_folder(system, request, system.policy, folder, bars=bars, say=say)
+    trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
     for done in trace.rounds:
         print(round_line(done))
     print(outcome_line(trace))
     print(f"written: {folder.folder / 'result.png'}, rounds/, sheet.png, trace.json")
     return 0
+
+
+def _check_draft(args: argparse.Namespace) -> None:
+    """ConfigError where options of drafts stand without what they need."""
+    given = [name for name in ("guidance", "lora") if getattr(args, f"draft_{name}") is not None]
+    if args.draft_steps is None:
+        if given:
+            raise ConfigError(f"--draft-{given[0]}: expected --draft-steps beside it, found none; add it")
+        return
+    if args.policy == "released":
+        raise ConfigError("--draft-steps: expected --policy reasonedit, found released, which has no drafts; leave one out")
+    if not args.reflect or args.reasoner == "none":
+        raise ConfigError("--draft-steps: expected a run that reflects, found one that does not; leave it out")
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -303,6 +328,7 @@ def _add_edit(commands) -> None:
     )
     add("--dialogue", type=existing_path, metavar="FILE", help="dialogue pack to speak with")
     add("--policy", choices=POLICIES, default="reasonedit", help="how the loop decides (reasonedit)")
+    add("--scores", choices=SCORES, help="lazy: edit and quality scores only where they compare rounds (released: always)")
     add("--no-think", dest="think", action="store_false", help="edit with your words as they are")
     add("--no-reflect", dest="reflect", action="store_false", help="one edit, no verdict")
     add("--rounds", type=whole(1, 100), default=3, metavar="N", help="largest number of edits (3)")
@@ -312,6 +338,9 @@ def _add_edit(commands) -> None:
     add("--steps", type=whole(1, 1000), metavar="N", help="denoising steps (the checkpoint's)")
     add("--guidance", type=real(0, 100), metavar="G", help="true CFG scale (the checkpoint's); 1 or less: no negative pass")
     add("--size", type=whole(16, 8192), metavar="LEVEL", help="square root of the generated area (the checkpoint's: 1024)")
+    add("--draft-steps", type=whole(1, 1000), metavar="N", help="reflect on drafts of N steps; only the chosen one in full")
+    add("--draft-guidance", type=real(0, 100), metavar="G", help="true CFG scale of drafts (that of --guidance)")
+    add("--draft-lora", type=lora, metavar="FILE[:SCALE]", help="few-step LoRA for drafts alone (with --draft-steps)")
     add("--negative", metavar="TEXT", help="what the picture should not be")
     add("--seed", type=whole(0, MAX_SEED), default=0, metavar="N", help="of all random draws (0)")
     add("--reference", type=Path, nargs="+", default=[], metavar="IMAGE", help="further pictures, for systems that take them")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Form = Literal["free", "consistency", "verdict", "pair"]
 """The grammar of a reply: free text; the JSON of the consistency score; `<#Think>` text then one tag; JSON with two scores."""
 
+Pair = tuple[float, ...] | None
+"""Two scores of one kind, each 0..10."""
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -77,9 +80,30 @@ class Reasoner(Protocol):
         ...
 
     def reflect(
-        self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None
+        self,
+        source: torch.Tensor,
+        edited: torch.Tensor,
+        goal: str,
+        target: str,
+        *,
+        original: str | None = None,
+        scores: bool = True,
     ) -> Reflection:
-        """Score the edited picture against the target description and decide. Raises MalformedReply."""
+        """Score the edited picture against the target description and decide. Raises MalformedReply.
+
+        scores: also ask for the edit and quality scores, which the decision does not look at. A reasoner without `grade` is
+        never given this argument.
+        """
+        ...
+
+    def grade(
+        self, source: torch.Tensor, pictures: Sequence[tuple[torch.Tensor, str, str]], *, original: str | None = None
+    ) -> list[tuple[Pair, Pair]]:
+        """The (edit, quality) scores that `reflect(scores=False)` left out, of several pictures in one call.
+
+        pictures: (edited (1, 3, H, W), goal, target) of each. None in place of a score that the dialogue has no question for.
+        Raises MalformedReply.
+        """
         ...
 
 

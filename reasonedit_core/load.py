@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .detect import QWEN, STEP1X
+from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
 from .loop import POLICIES
 from .mini.models import MINIS, mini_folder
@@ -55,9 +56,10 @@ class SystemSpec:
     MLLM), `own` (the same, or none where it has no lm_head), `qwen:DIR` (another Qwen2.5-VL), `none`, `remote:URL` or
     `scripted:FILE`. dialogue: a dialogue pack; None lets the loader choose. loras: (file or peft folder, scale), each onto the
     DiT or the checkpoint's MLLM as its keys say; `load_reasoner` has only an MLLM for them. reasoner_loras: the same for the
-    MLLM of a `qwen:DIR`. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models folder,
-    where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`; weights
-    are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
+    MLLM of a `qwen:DIR`. draft_loras: at most one, onto the DiT, which only drafts see; ReasonEdit-Q then drafts with the
+    schedule of Lightning LoRAs. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models
+    folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`;
+    weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
     """
 
     system: str
@@ -78,13 +80,14 @@ class SystemSpec:
     make_mover: MakeMover | None = None
     tokenizer: Path | None = None
     reasoner_loras: Loras = ()
+    draft_loras: Loras = ()
 
 
 @dataclass(frozen=True, slots=True)
 class System:
     """A loaded system. `reasoner` is None with `--reasoner none`. mover: brings components to the device. notes: sentences for
     the user; defaults: the checkpoint's steps, guidance, size_level and negative prompt; pack_origin: which dialogue pack
-    speaks, for the trace."""
+    speaks, for the trace. drafter: makes drafts with a LoRA of their own; None where the generator makes them."""
 
     name: str
     reasoner: Reasoner | None
@@ -97,6 +100,7 @@ class System:
     pack_origin: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
     mover: Mover | None = None
+    drafter: Drafter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         parts.transformer, dtype=dtype, device=home, variant=wanted, weights_dtype=spec.weights_dtype
     )
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
+    sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
@@ -240,8 +245,9 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         mover=mover,
     )
     notes = (*report.notes, *lora_notes, *([choice.warning] if choice.warning else []))
+    drafter = Drafter(generator, transformer, sketching) if sketching else None
     progress.end()
-    return _system(spec, generator, mllm, counts, settings, choice, mover, notes)
+    return _system(spec, generator, mllm, counts, settings, choice, mover, notes, drafter)
 
 
 def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
@@ -264,6 +270,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
     )
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
+    sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
     vae, _ = load_qwen_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
@@ -290,8 +297,9 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         mover=mover,
         likeness=QWEN_LIKENESS,
     )
+    drafter = Drafter(generator, transformer, sketching, flow.LIGHTNING) if sketching else None
     progress.end()
-    return _system(spec, generator, mllm, counts, settings, choice, mover, (*report.notes, *lora_notes))
+    return _system(spec, generator, mllm, counts, settings, choice, mover, (*report.notes, *lora_notes), drafter)
 
 
 SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_step1x, QWEN: _load_qwen_image}
@@ -300,12 +308,14 @@ SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_s
 # ---- shared parts --------------------------------------------------------------------------------------------------------
 
 
-def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes) -> System:
+def _system(
+    spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes, drafter: Drafter | None
+) -> System:
     defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
     reasoner, more = _make_reasoner(spec, choice, mllm, settings, mover, counts)
     notes = (*_notice(settings), *notes, *more)
     parts = (reasoner, generator, mllm, POLICIES[spec.policy], counts, settings, defaults, _origin(choice), notes)
-    return System(spec.system, *parts, mover)
+    return System(spec.system, *parts, mover, drafter)
 
 
 def _notice(settings: Settings) -> tuple[str, ...]:
@@ -371,6 +381,7 @@ def _load_speaking(spec: SystemSpec, path: str, counts: Counts, loras: Loras) ->
 
     dtype, device, home = _placement(spec)
     mllm = load_mllm(Path(path), dtype=dtype, device=home, tokenizer_path=spec.tokenizer, counts=counts)
+    _note_moves(spec, mllm)
     notes = _apply_loras(loras, mllm)
     return mllm, _mover(spec, device, mllm=mllm.model), notes
 
@@ -386,7 +397,7 @@ def _qwen_speaker(mllm: QwenVL, settings: Settings, mover: Mover) -> Speaker:
 def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch.device, counts: Counts) -> QwenVL:
     from .mllm.load import load_mllm
 
-    return load_mllm(
+    mllm = load_mllm(
         parts.mllm,
         dtype=dtype,
         device=device,
@@ -394,6 +405,13 @@ def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch
         tokenizer_path=parts.tokenizer,
         counts=counts,
     )
+    _note_moves(spec, mllm)
+    return mllm
+
+
+def _note_moves(spec: SystemSpec, mllm: QwenVL) -> None:
+    if spec.offload != "none" or spec.make_mover is not None:
+        mllm.stepping().declined = "the weights are moved between calls"
 
 
 def _apply_loras(loras: Loras, mllm: QwenVL, transformer: torch.nn.Module | None = None) -> list[str]:
@@ -411,6 +429,28 @@ def _apply_loras(loras: Loras, mllm: QwenVL, transformer: torch.nn.Module | None
     if loras:
         mllm.release()
     return notes
+
+
+def _draft_adapter(loras: Loras, transformer: torch.nn.Module) -> str:
+    """The name of the adapter that is on for drafts alone, beside the weights and off for now; "" without one."""
+    from .drafter import switch
+    from .lora import apply_lora, read_lora
+
+    if not loras:
+        return ""
+    if len(loras) > 1:
+        raise ConfigError(f"draft LoRA: expected one, found {len(loras)}. Leave the others out, or merge them into one file.")
+    ((path, scale),) = loras
+    told = (".lora_magnitude_vector", ".dora_scale", ".set_weight")
+    moves = next((key for key in read_lora(path)[0] if any(part in key for part in told)), None)
+    if moves is not None:
+        raise ConfigError(
+            f"{path}: expected a LoRA that can be switched off after a draft, found one that changes the weights themselves "
+            f"({moves}). Take a plain LoRA for drafts."
+        )
+    name = apply_lora(transformer, path, scale, name="draft").name
+    switch(transformer, name, on=False)
+    return name
 
 
 def _refuse_reasoner_loras(loras: Loras, reasoner: str) -> None:

@@ -12,6 +12,10 @@ the default, mends that loop's weak points: a FAILED verdict is not answered by 
 or follows the best one, the source itself may win, chained rounds pass latents on instead of resized pictures, repeated
 proposals and repeated pictures end the run, and the consistency score counts.
 
+Edit and quality scores serve only to compare rounds. With `Policy.lazy_scores` they are asked for when two rounds, or a round
+that was not accepted and the source, are about to be compared (`wanted_scores`); what is decided is the same as when all are
+asked for at once. The released policy always asks.
+
 Neither policy makes up a verdict: a reply that cannot be read raises, and the rounds already made travel with the error.
 """
 
@@ -24,12 +28,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import Interrupted, ReasonEditError
+from .drafts import draft_request, drafts, full_run, left_to_make
+from .errors import ConfigError, Interrupted, ReasonEditError
 from .interfaces import Generator, Reasoner
 from .types import Decision, EditRequest, EditTrace, OnStep, OnText, Policy, Reflection, Round, ShouldStop, Thought
 
 POLICIES: dict[str, Policy] = {
-    "reasonedit": Policy(),
+    "reasonedit": Policy(lazy_scores=True),
     # 11 and -1 lie outside 0..10: in the released loop the consistency score is only a hint inside a prompt.
     "released": Policy(name="released", released=True, on_failed="restart", revise="chain", accept=11.0, doubt=-1.0),
 }
@@ -63,6 +68,7 @@ def think_edit_reflect(
     reasoner: Reasoner | None,
     generator: Generator,
     policy: Policy = POLICIES["reasonedit"],
+    drafter: Generator | None = None,
     on_round: Callable[[EditTrace], None] | None = None,
     on_step: OnStep | None = None,
     on_text: OnText | None = None,
@@ -71,17 +77,24 @@ def think_edit_reflect(
     """Run the loop to its end and return the trace, `best` and `stop_reason` set.
 
     reasoner may be None when the request neither thinks nor reflects. on_round gets the trace after every edit and again
-    after its reflection, so that a caller can store what was made. Any ReasonEditError that leaves this function carries
-    the trace so far as its attribute `trace`.
+    after its reflection, so that a caller can store what was made. drafter: makes the drafts of a request that asks for them;
+    None: the generator does, in fewer steps. Any ReasonEditError that leaves this function carries the trace so far as its
+    attribute `trace`.
     """
+    if request.draft is not None and policy.released:
+        raise ConfigError(
+            "draft: expected none under the released policy, whose rounds share one stream of noise that a full run could not "
+            "repeat, found one. Leave it out, or take the policy reasonedit."
+        )
     if reasoner is not None:
         reasoner = reasoner.bound(seed=request.seed, on_text=on_text, should_stop=should_stop)
-    started, trace = time.monotonic(), EditTrace(request)
-    rng = torch.Generator().manual_seed(request.seed)
+    started, trace, judge = time.monotonic(), EditTrace(request), _Judge(reasoner, policy, on_round)
+    rng, sketch = torch.Generator().manual_seed(request.seed), request.draft is not None and request.reflect
+    make, watch = (drafter or generator) if sketch else generator, {"on_step": on_step, "should_stop": should_stop}
     try:
         if request.think:
             trace = replace(trace, thought=reasoner.think(request.image, request.instruction))
-        while isinstance(step := next_step(trace, policy), Step):
+        while isinstance(step := next_step(trace := judge.compare(trace), policy), Step):
             if step.rethink is not None:
                 trace, changed = _rethink(trace, reasoner, step.rethink)
                 if not changed:
@@ -94,11 +107,16 @@ def think_edit_reflect(
             if not policy.released:
                 # Each round owns its seed, so that a graph's Edit node (seed = base + round) makes the same picture.
                 rng = torch.Generator().manual_seed(request.seed + len(trace.rounds))
-            trace = _edit(trace, step, generator, policy, rng, on_step, should_stop, time.monotonic() - started)
+            asked = draft_request(request) if sketch else request
+            trace = _edit(trace, asked, step, make, policy, rng, time.monotonic() - started, **watch)
             _tell(on_round, trace)
             if request.reflect:
-                trace = _reflect(trace, reasoner, time.monotonic() - started)
+                trace = judge.reflect(trace, time.monotonic() - started)
                 _tell(on_round, trace)
+        trace = judge.compare(trace, ending=True)
+        for draft in left_to_make(trace, best_round(trace, policy)) if sketch else ():
+            trace = _edit_in_full(trace, draft, generator, policy, time.monotonic() - started, **watch)
+            _tell(on_round, trace)
     except ReasonEditError as error:
         error.trace = finish(trace, policy, "interrupted" if isinstance(error, Interrupted) else "error")
         raise
@@ -122,11 +140,13 @@ def input_picture(trace: EditTrace, step: Step, policy: Policy) -> tuple[torch.T
     return (edited.image, None) if policy.released else (edited.generated, edited.latents)
 
 
-def _edit(trace, step, generator, policy, rng, on_step, should_stop, before: float) -> EditTrace:
+def _edit(
+    trace, request, step, generator, policy, rng, before: float, *, full_of=None, on_step, should_stop
+) -> EditTrace:
     picture, latents = input_picture(trace, step, policy)
     clock = time.monotonic()
     edited = generator.edit(
-        trace.request,
+        request,
         picture,
         step.instruction,
         rng,
@@ -137,18 +157,51 @@ def _edit(trace, step, generator, policy, rng, on_step, should_stop, before: flo
         should_stop=should_stop,
     )
     seconds = time.monotonic() - clock
-    made = Round(len(trace.rounds), step.instruction, step.input_index, edited, None, seconds)
+    made = Round(len(trace.rounds), step.instruction, step.input_index, edited, None, seconds, full_of)
     return replace(trace, rounds=(*trace.rounds, made), seconds=before + seconds)
 
 
-def _reflect(trace: EditTrace, reasoner: Reasoner, before: float) -> EditTrace:
-    last, clock = trace.rounds[-1], time.monotonic()
-    reflection = reasoner.reflect(
-        trace.request.image, last.image, trace.goal, trace.target, original=trace.request.instruction
-    )
-    seconds = time.monotonic() - clock
-    judged = replace(last, reflection=reflection, seconds=last.seconds + seconds)
-    return replace(trace, rounds=(*trace.rounds[:-1], judged), seconds=before + seconds)
+def _edit_in_full(trace, draft: Round, generator, policy, before: float, **watch) -> EditTrace:
+    rng = torch.Generator().manual_seed(trace.request.seed + draft.index)  # the noise of the draft
+    again = Step(draft.instruction, full_run(trace, draft.input_index))
+    return _edit(trace, trace.request, again, generator, policy, rng, before, full_of=draft.index, **watch)
+
+
+class _Judge:
+    """Asks the reasoner about rounds: for a verdict on the last one, and for scores where `wanted_scores` names rounds."""
+
+    def __init__(self, reasoner: Reasoner | None, policy: Policy, on_round: Callable[[EditTrace], None] | None) -> None:
+        self.reasoner, self.policy, self.on_round = reasoner, policy, on_round
+        self._about: dict[int, tuple[str, str]] = {}  # goal and target per round: thinking again changes those of the trace
+
+    def reflect(self, trace: EditTrace, before: float) -> EditTrace:
+        last, clock = trace.rounds[-1], time.monotonic()
+        self._about[last.index] = (trace.goal, trace.target)
+        later = {"scores": False} if self.policy.lazy_scores and hasattr(self.reasoner, "grade") else {}
+        reflection = self.reasoner.reflect(
+            trace.request.image, last.image, trace.goal, trace.target, original=trace.request.instruction, **later
+        )
+        seconds = time.monotonic() - clock
+        judged = replace(last, reflection=reflection, seconds=last.seconds + seconds)
+        return replace(trace, rounds=(*trace.rounds[:-1], judged), seconds=before + seconds)
+
+    def compare(self, trace: EditTrace, *, ending: bool = False) -> EditTrace:
+        """The trace with the scores that what follows looks at."""
+        wanted = wanted_scores(trace, self.policy, ending=ending)
+        if not wanted:
+            return trace
+        request, rounds, clock = trace.request, list(trace.rounds), time.monotonic()
+        pictures = [(rounds[index].image, *self._about[index]) for index in wanted]
+        found = self.reasoner.grade(request.image, pictures, original=request.instruction)
+        seconds = time.monotonic() - clock
+        for index, (edit, quality) in zip(wanted, found, strict=True):
+            seen = rounds[index].reflection
+            scores = replace(seen.scores, edit=edit, quality=quality, asked=True)
+            rounds[index] = replace(rounds[index], reflection=replace(seen, scores=scores))
+        rounds[-1] = replace(rounds[-1], seconds=rounds[-1].seconds + seconds)
+        trace = replace(trace, rounds=tuple(rounds), seconds=trace.seconds + seconds)
+        _tell(self.on_round, trace)
+        return trace
 
 
 def _rethink(trace: EditTrace, reasoner: Reasoner, feedback: str) -> tuple[EditTrace, bool]:
@@ -169,7 +222,7 @@ def _tell(on_round, trace: EditTrace) -> None:
 
 def next_step(trace: EditTrace, policy: Policy = POLICIES["reasonedit"]) -> Step | Stop:
     """What follows the rounds of `trace`. Pure: the script loop, the graph loop and the tests all ask this function."""
-    request = trace.request
+    request, trace = trace.request, drafts(trace)
     if not trace.rounds:
         return Step(trace.goal)
     last = trace.rounds[-1]
@@ -214,8 +267,9 @@ def _refinements(trace: EditTrace, last: Round, policy: Policy) -> list[Step]:
     second = last.reflection.instruction
     chained, merged = Step(second, last.index), Step(merge_instructions(trace.goal, second))
     steps = [merged, chained] if policy.revise == "merge" else [chained, merged]
-    # What a worse round spoiled is not built upon, and an instruction that was already followed is not given again.
-    worse = best_round(trace, policy) != last.index
+    # What a worse round spoiled is not built upon, and an instruction that was already followed is not given again. Only a
+    # round is a rival here: whether the first one is better than the source by its scores is left to the end.
+    worse = not may_stand(last.reflection) or best_round(trace, policy) not in (last.index, None)
     repeated = plain_words(second) in {plain_words(r.instruction) for r in trace.rounds}
     return [merged] if worse or repeated else steps
 
@@ -239,18 +293,52 @@ def best_round(trace: EditTrace, policy: Policy = POLICIES["reasonedit"]) -> int
     """Index of the round to return, or None for the unchanged source. Pure.
 
     Rounds without a reflection are chosen only when no round has one (the latest then). Default policy: FAILED rounds and
-    rounds with a zero score lose to the source; a believed success beats any other round, then the higher score, then the
-    earlier round. Released policy: the largest product of the two minima; among equals a success, then the later round.
+    rounds with a zero score lose to the source, but a believed success does so by a zero consistency only; it beats any other
+    round, then the higher score wins, then the earlier round. Released policy: the largest product of the two minima; among
+    equals a success, then the later round. A draft stands for its full run, where that was made.
     """
+    return full_run(trace, _best_judged(trace, policy))
+
+
+def _best_judged(trace: EditTrace, policy: Policy) -> int | None:
     judged = [r for r in trace.rounds if r.reflection is not None]
     if not judged:
         return trace.rounds[-1].index if trace.rounds else None
     if policy.released:
         return max(judged, key=lambda r: (_product(r), "<#Success>" in r.reflection.raw, r.index)).index
-    standing = [r for r in judged if r.reflection.decision is not Decision.FAILED and score(r.reflection) > 0]
+    standing = [r for r in judged if may_stand(r.reflection)]
+    standing = [r for r in standing if believed(r.reflection, policy) or score(r.reflection) > 0]
     if not standing:
         return None
     return max(standing, key=lambda r: (believed(r.reflection, policy), score(r.reflection), -r.index)).index
+
+
+def may_stand(reflection: Reflection) -> bool:
+    """Whether the verdict and the consistency allow a round to be chosen before the source. Other scores may still forbid."""
+    consistency = reflection.scores.consistency
+    return reflection.decision is not Decision.FAILED and (consistency is None or consistency > 0)
+
+
+def wanted_scores(trace: EditTrace, policy: Policy, *, ending: bool = False) -> tuple[int, ...]:
+    """Rounds whose edit and quality scores are looked at next and were not asked for yet. Pure.
+
+    What looks at them: the step after a REFINE, where an earlier round may be the better one; and, with `ending`, the choice
+    of the best round. One accepted round is chosen whatever its scores; without one all rounds that may stand are compared,
+    at the end with the source as well.
+    """
+    judged = [r for r in trace.rounds if r.reflection is not None]
+    if not judged or policy.released:
+        return ()
+    standing = [r for r in judged if may_stand(r.reflection)]
+    accepted = [r for r in standing if believed(r.reflection, policy)]
+    refined = judged[-1].reflection.decision is Decision.REFINE and may_stand(judged[-1].reflection)
+    if accepted:
+        compared = accepted if len(accepted) > 1 else []
+    elif ending:
+        compared = standing
+    else:
+        compared = standing if refined and len(standing) > 1 else []
+    return tuple(r.index for r in compared if not r.reflection.scores.asked)
 
 
 def score(reflection: Reflection) -> float:

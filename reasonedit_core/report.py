@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .drafts import draft_request
 from .errors import ConfigError
 from .files import write_json, write_whole
 from .images import to_pil
@@ -51,12 +52,14 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         request["guidance_interval"] = [asked.guidance_interval.low, asked.guidance_interval.high]
     if asked.step_cache is not None:
         request["step_cache"] = asdict(asked.step_cache)
+    if asked.draft is not None:
+        request["draft"] = asdict(asked.draft)
     return {
         "version": TRACE_VERSION,
         "request": {**request, **(run or {})},
         "thought": trace.thought and {"original": trace.thought.original, "instruction": trace.thought.instruction},
         "target": trace.target,
-        "rounds": [_round_record(done) for done in trace.rounds],
+        "rounds": [_round_record(done) | _draft_record(done, trace) for done in trace.rounds],
         "best": trace.best,
         "stop_reason": trace.stop_reason or "running",
         "counts": asdict(counts),
@@ -171,6 +174,15 @@ def _round_record(done: Round) -> dict[str, Any]:
         "seconds": round(done.seconds, 3),
         **({} if used is None else {"region": used.record()}),
     }
+
+
+def _draft_record(done: Round, trace: EditTrace) -> dict[str, Any]:
+    """Of runs with drafts: the steps of a round, and the draft that it repeats."""
+    request = trace.request
+    if request.draft is None:
+        return {}
+    drafted = request.reflect and done.full_of is None
+    return {"steps": (draft_request(request) if drafted else request).steps, "full_of": done.full_of}
 
 
 def _scores_record(scores: Scores) -> dict[str, Any]:

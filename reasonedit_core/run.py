@@ -118,6 +118,7 @@ def run_to_folder(
                 reasoner=system.reasoner,
                 generator=system.generator,
                 policy=policy,
+                drafter=system.drafter,
                 on_round=store,
                 on_step=bars.step,
                 on_text=bars.text,
@@ -138,11 +139,15 @@ def round_line(done: Round) -> str:
     if done.edited.region is not None:
         words += f" [{region_words(done.edited.region)}]"
     seen = done.reflection
+    if done.full_of is not None:
+        return f"{words} -> round {done.full_of + 1} in full ({done.seconds:.1f} s)"
     if seen is None:
         return f"{words} -> not judged ({done.seconds:.1f} s)"
     scores = [f"{name} {'/'.join(f'{v:.3g}' for v in pair)}" for name, pair in _pairs(seen.scores)]
     if seen.scores.consistency is not None:
         scores.append(f"consistency {seen.scores.consistency:.3g}")
+    if not seen.scores.asked:
+        scores.append("edit and quality not asked for")
     return f"{words} -> {seen.decision.value} ({', '.join([*scores, f'{done.seconds:.1f} s'])})"
 
 

@@ -309,6 +309,7 @@ def _round_card(done: Round, trace: EditTrace) -> Card:
     if done.reflection and done.reflection.reason:
         lines += _space(6) + _paragraph(done.reflection.reason, 14, SOFT, width, 7)
     note = "from the source" if done.input_index is None else f"from round {done.input_index + 1}"
+    note += "" if done.full_of is None else f", round {done.full_of + 1} in full"
     scores = _score_cells(done.reflection.scores) if done.reflection else ()
     return Card(f"Round {done.index + 1}", note, decision, scores, tuple(lines))
 
@@ -319,6 +320,8 @@ def _score_cells(scores: Scores) -> tuple[tuple[str, str], ...]:
         if value is not None:
             numbers = value if isinstance(value, tuple) else (value,)
             cells.append((name, " / ".join(f"{number:.3g}" for number in numbers)))
+        elif not scores.asked and name != "consistency":
+            cells.append((name, "not asked"))
     return tuple(cells)
 
 

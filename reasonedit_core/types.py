@@ -25,12 +25,21 @@ class Decision(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """How rounds are made while the loop looks for the right instruction: `steps`, and `guidance` (None: the request's)."""
+
+    steps: int
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EditRequest:
     """One run of the loop, as the user asked for it.
 
     image: (1, 3, H, W) in 0..1, the source. references: further pictures (1, 3, h, w), for systems that take several.
     guidance <= 1 skips the negative pass. size_level: square root of the generated area in pixels.
-    max_rounds: the largest number of edits. max_seconds: no round is started after this time.
+    max_rounds: the largest number of edits. max_seconds: no round is started after this time. draft: make rounds as drafts and
+    only what led to the chosen one in full (`drafts`); of no effect without reflection.
     region: denoise only what is edited; guidance_interval: guide only at some timesteps; step_cache: extrapolate some steps
     (not with a region). All are faster and not exact.
     """
@@ -50,6 +59,7 @@ class EditRequest:
     region: Region | None = None
     guidance_interval: GuidanceInterval | None = None
     step_cache: StepCache | None = None
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +78,14 @@ class Scores:
 
     edit: (instruction followed, little changed beyond it); quality: (naturalness, freedom from artefacts);
     consistency: agreement of the picture with the target description, after the caps of the released code;
-    consistency_reason: the scorer's words.
+    consistency_reason: the scorer's words. asked: False while edit and quality could still be asked for (`Reasoner.grade`).
     """
 
     edit: tuple[float, ...] | None = None
     quality: tuple[float, ...] | None = None
     consistency: float | None = None
     consistency_reason: str = ""
+    asked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,8 @@ class Edited:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One edit with its reflection. `input_index` names the round whose picture was edited; None means the source."""
+    """One edit with its reflection. `input_index` names the round whose picture was edited; None means the source. full_of:
+    the draft that this round repeats with all steps; such rounds come after all others and are not judged."""
 
     index: int
     instruction: str
@@ -114,6 +126,7 @@ class Round:
     edited: Edited
     reflection: Reflection | None = None
     seconds: float = 0.0
+    full_of: int | None = None
 
     @property
     def image(self) -> torch.Tensor:
@@ -185,7 +198,8 @@ class Policy:
     feedback and stop after that, or `stop`. revise: what follows REFINE: `chain` edits the result with the second
     instruction, `merge` edits the source with goal and second instruction together. accept: consistency (0..10) at which a
     REFINE verdict stops as well, the picture agreeing with its description; doubt: consistency under which a SUCCESS
-    verdict is not believed. source_size: return pictures of the source's size.
+    verdict is not believed. source_size: return pictures of the source's size. lazy_scores: ask for edit and quality scores
+    only when rounds are compared by them; stop reason, best round and pictures are the same either way.
     """
 
     name: str = "reasonedit"
@@ -195,6 +209,7 @@ class Policy:
     accept: float = 9.0
     doubt: float = 3.0
     source_size: bool = True
+    lazy_scores: bool = False
 
 
 @dataclass(slots=True)

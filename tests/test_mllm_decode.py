@@ -12,9 +12,11 @@ from PIL import Image
 
 from reasonedit.reasonedit_core.errors import ConfigError, Interrupted, ReasonerError
 from reasonedit.reasonedit_core.interfaces import Query
-from reasonedit.reasonedit_core.mllm import decode
-from reasonedit.reasonedit_core.mllm.decode import KVCache, cache_argument, generate, penalise, pick
+from reasonedit.reasonedit_core.mllm import cache, decode
+from reasonedit.reasonedit_core.mllm.cache import KVCache
+from reasonedit.reasonedit_core.mllm.decode import generate, penalise, pick
 from reasonedit.reasonedit_core.mllm.load import load_mllm
+from reasonedit.reasonedit_core.mllm.steps import cache_argument
 from reasonedit.reasonedit_core.types import Counts
 from reasonedit.tests.tiny import tiny_checkpoint
 
@@ -160,7 +162,7 @@ def test_a_prefix_is_shared_inside_a_batch_and_only_with_equal_pictures(mllm):
 
 
 def test_kept_prefixes_are_bounded(mllm, monkeypatch):
-    monkeypatch.setattr(decode, "PREFIX_TOKENS", 150)
+    monkeypatch.setattr(cache, "PREFIX_TOKENS", 150)
     for i in range(6):
         say(mllm, Query("think", "s", (0, "a"), (picture(i),), max_new_tokens=1))
         held = sum(sum(lengths) for lengths, _ in mllm.prefixes()._entries.values())

@@ -28,12 +28,12 @@ ORDER = (
     {"errors"},
     {"regions"},
     {"types"},
-    {"counting", "frames", "interfaces", "files", "packing", "tracefile"},
+    {"counting", "drafts", "frames", "interfaces", "files", "packing", "tracefile"},
     {"dialogue", "kernels", "flow", "images", "latents", "offload", "settings", "sheet", "sizes", "weightfiles"},
     {"detect", "fp8", "keymaps"},
     {"lora_keys", "mini", "parts"},
     {"mllm", "models"},
-    {"weights", "lora"},
+    {"weights", "lora", "drafter"},
     {"conditioners", "denoisers", "reasoners"},
     {"generator", "loop"},
     {"geometry", "region_options", "report"},
@@ -159,8 +159,9 @@ def test_every_module_has_a_place_in_the_order():
 
 
 def test_the_loop_knows_types_and_interfaces_only():
+    """And `drafts`, a few pure functions of the types."""
     ours = {room_of(found.target) for found in imports_of(ROOT / "reasonedit_core/loop.py") if found.ours}
-    assert ours <= {"types", "interfaces", "errors"}
+    assert ours <= {"types", "interfaces", "errors", "drafts"}
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,10 @@ def forward(job: Job) -> Run:
 
 
 def reflect(job: Job) -> Run:
-    """One round's questions, `tokens` of answer each: describe, then three scores in one batch, then the verdict."""
+    """One round's questions, `tokens` of answer each: describe, then three scores in one batch, then the verdict.
+
+    scores: false leaves two of the three scores out, as for a round that is accepted. guesses: see `QwenVL`.
+    """
     from ..dialogue.prompts import load_pack
     from ..images import load_image
     from ..reasoners.qwen import QwenSpeaker
@@ -115,6 +118,7 @@ def reflect(job: Job) -> Run:
 
     mllm = _mllm(job)
     mllm.vocabulary().stops = frozenset()  # an answer ends when its tokens are used up
+    mllm.guesses = job.get("guesses", False)
     split = Split(mllm.model, job["device"])
     script = ScriptedSpeaker(one_round(len(job["pictures"])))
     speaker = _Fixed(QwenSpeaker(mllm), script, split, job["tokens"])
@@ -125,7 +129,7 @@ def reflect(job: Job) -> Run:
         split.reset()
         source, result = pictures[2 * number : 2 * number + 2]
         target = reasoner.describe(source, INSTRUCTION)
-        reasoner.reflect(source, result, INSTRUCTION, target)
+        reasoner.reflect(source, result, INSTRUCTION, target, scores=job.get("scores", True))
         return split.parts()
 
     return run

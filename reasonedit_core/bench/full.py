@@ -75,11 +75,10 @@ def run_full(folder: Path, peers: Peers, tell: Tell, say: Tell, *, seconds: floa
 
 def plan(folder: Path, peers: Peers, device: str = "cuda") -> list[Planned]:
     """The groups of NAMES. folder: where pictures and a tokenizer are written."""
-    from ..mini.builder import build_checkpoint
-    from .small import INSTRUCTION, SEED, write_pictures
+    from .small import INSTRUCTION, write_checkpoint, write_pictures
 
     pictures = write_pictures(folder / "pictures", 8, (LEVEL, LEVEL))
-    tokenizer = build_checkpoint("qwen2.5-vl", folder / "mllm", seed=SEED)
+    tokenizer = write_checkpoint("qwen2.5-vl", folder / "mllm")
     common = {"size": "full", "device": device, "threads": None, "sdpa": SDPA, "instruction": INSTRUCTION, "pictures": pictures}
     common |= {"folder": str(tokenizer)}
 

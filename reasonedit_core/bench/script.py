@@ -108,7 +108,8 @@ class Listening:
 
     def note(self, trace: EditTrace) -> None:
         """To be called after every edit and every reflection (`on_round` of the loop): a verdict ends a chain."""
-        if trace.rounds[-1].reflection is not None:
+        # Told once more when scores of rounds came in later: these calls count to the round that follows.
+        if sum(done.reflection is not None for done in trace.rounds) > len(self.heard.chains):
             self.heard.chains.append(self.heard.chain)
             self.heard.chain = 0
 

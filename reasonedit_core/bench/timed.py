@@ -20,6 +20,9 @@ STOCK = "stock generate, five questions in a row"
 NO_CUDA = "no CUDA device"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
+ACCEPTED = "ours, accepted at once (three questions, scores lazy)"
+GUESSED = "ours, guessed ahead (random weights repeat themselves)"
+
 LEVEL = 256
 REGION_SHARE, REGION_STEPS = 0.25, 28
 """The share of the picture that a mask says is edited; steps, of which 9 are made in full."""
@@ -27,6 +30,9 @@ REGION_SHARE, REGION_STEPS = 0.25, 28
 REGION_LEVEL, REGION_WORDS = 384, 64
 """Of the small edits with a region: pixels of a side, and text tokens. Every step computes the text, and the hundreds of tokens
 that the MLLM makes of a small picture would be most of a partial step; so would the fixed cost of each operator."""
+
+SEEN = 1024
+"""Side of the pictures of a reflection: as large as the released reasoner lets them be, 1,024 tokens each."""
 
 Tell = Callable[[str], None]
 
@@ -185,6 +191,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
 
     common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
     pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
+    seen = write_pictures(folder / "seen", 2 * options.runs, (SEEN, SEEN))
 
     def job(name: str, system: str, weights: Path, **more: Any) -> dict[str, Any]:
         out = folder / "out" / system / name
@@ -202,7 +209,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
         edit_group_q(lambda name, **more: job(name, "reasonedit-q", q, **more), peers, "small"),
         region_group(partial(job, system="reasonedit-s", weights=s, guidance=6.0, **region), "ReasonEdit-S, small"),
         region_group(partial(job, system="reasonedit-q", weights=q, guidance=4.0, **region), "ReasonEdit-Q, small"),
-        reflection_group({**common, "folder": str(mllm), "pictures": pictures, "tokens": options.tokens}, peers, "small"),
+        reflection_group({**common, "folder": str(mllm), "pictures": seen, "tokens": options.tokens}, peers, "small"),
     ]
 
 
@@ -247,7 +254,12 @@ def region_group(job: Callable[..., dict[str, Any]], what: str) -> Group:
 
 
 def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
-    """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate."""
+    """One reflection (five questions of equally many tokens) against the released reasoner and against plain generate.
+
+    All arms but one ask all five. ACCEPTED is what is left of them for a round that is accepted, where the released reasoner
+    asks five all the same. Guessing ahead has an arm of its own: how often a guess holds is a matter of what is said, and
+    random weights say nothing.
+    """
     from .script import one_round
 
     replies = {task: texts[0] for task, texts in one_round(1).items()}
@@ -256,6 +268,8 @@ def reflection_group(job: dict[str, Any], peers: Peers, size: str) -> Group:
         Arm(REASONER, module, {**job, "arm": "released", "replies": replies}, peers.step1x()),
         Arm(STOCK, module, {**job, "arm": "stock", "questions": questions()}),
         Arm("ours", "reasonedit_core.bench.arms", {**job, "arm": "reflect"}),
+        Arm(ACCEPTED, "reasonedit_core.bench.arms", {**job, "arm": "reflect", "scores": False}),
+        Arm(GUESSED, "reasonedit_core.bench.arms", {**job, "arm": "reflect", "guesses": True}),
     )
     return Group(f"reflection, {size}", arms, (REASONER, STOCK, "ours"))
 

@@ -133,12 +133,13 @@ def scan(kind: Kind, piece: bytes, hanging: bool) -> tuple[Code, int]:
 class Vocabulary:
     """Tokens as bytes. pieces[i]: the bytes of token i, None for control tokens and for ids that no token has.
 
-    stops: the ids that end a turn. encode: text -> ids, without anything added.
+    stops: the ids that end a turn. controls: the ids that are no text. encode: text -> ids, without anything added.
     """
 
     def __init__(self, pieces: Sequence[bytes | None], stops: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.pieces = list(pieces)
         self.stops = frozenset(stops)
+        self.controls = frozenset(i for i, piece in enumerate(self.pieces) if piece is None)
         self.encode = encode
         self.ids = {piece: i for i, piece in reversed(list(enumerate(self.pieces))) if piece}
         self._codes: dict[tuple[Kind, bool], torch.Tensor] = {}

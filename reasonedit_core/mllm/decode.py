@@ -1,5 +1,8 @@
 """Speaking: prefill once per picture, a preallocated KV cache, several independent replies decoded together.
 
+A greedy reply is guessed ahead from the words before it (`lookup`): the guess is fed along with the token that is due, and as
+far as the model's choices agree with it they cost no pass of their own. Chosen is what would be chosen without it.
+
 Rows of a batch are ragged: each has its own length in the cache, its own explicit positions and its own form, so a row that is
 fed a literal of ten tokens and one that is fed a single token share a step; what pads the latter is overwritten later.
 
@@ -11,170 +14,30 @@ float32, enough to change a drawn token in 16 bits.
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ConfigError, Interrupted
+from .cache import KVCache, Segments
 from .constrain import Reply
+from .lookup import WIDEST, Lookup
 from .positions import next_position
-from .qwen25vl import MASKS, QwenVL, language_model
+from .qwen25vl import QwenVL, language_model
+from .steps import FixedSteps, PlainSteps, forward
 
 if TYPE_CHECKING:
     from ..interfaces import Query
     from ..types import OnText, ShouldStop
 
-log = logging.getLogger(__name__)
-
 MAX_BATCH = 4
-PREFIX_TOKENS = 4096
-"""Tokens whose keys and values are kept between calls (57 kB each in the 7B model)."""
+PIECE = 256
+"""Tokens of a segment that are read at once behind others on a CPU, where attention computes what a mask then hides."""
 
 LITERAL_TOKENS = 64
 """Room for the literals of a form, which come on top of its budget. The cache grows where this is too little."""
-
-Segments = tuple[tuple, ...]
-"""Per segment what it holds: token ids, and the keys of pictures. Equal segments after equal pasts have equal KV."""
-
-
-class KVCache:
-    """Keys and values of several rows, preallocated and written in place.
-
-    keys, values: per layer (R, H, S, D). lengths: tokens held per row. Takes the place of a transformers cache in a forward
-    pass (`update`, `get_seq_length`), which writes the rows that `aim` named before, behind what they hold.
-    """
-
-    def __init__(self, config: Any, rows: int, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        heads = config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, heads, size, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(layer) for layer in self.keys]
-        self.lengths = [0] * rows
-        self._rows: list[int] = []
-        self._index = self._slots = torch.empty(0)
-        self._end = 0
-
-    @property
-    def size(self) -> int:
-        """S, the room per row."""
-        return self.keys[0].shape[2]
-
-    def aim(self, rows: Sequence[int], count: int) -> torch.Tensor | None:
-        """Choose where the next forward pass of (len(rows), count) tokens writes; returns its mask.
-
-        rows: one row, or all. (B, 1, T, S) bool, or None where plain causal attention (or, for one token, attention to
-        everything) is meant.
-        """
-        assert len(rows) in (1, len(self.lengths))
-        self._rows = list(rows)
-        starts = torch.tensor([self.lengths[row] for row in rows])
-        self._slots = starts[:, None] + torch.arange(count)
-        self._end = int(self._slots.max()) + 1
-        if self._end > self.size:
-            self._grow(self._end)
-        device = self.keys[0].device
-        same = bool((starts == starts[0]).all())
-        mask = None
-        if not same or (count > 1 and starts[0] > 0):
-            mask = torch.arange(self._end) <= self._slots[:, None, :, None]
-            mask = mask.to(device)
-        self._index = torch.tensor(self._rows, device=device)[:, None]
-        self._slots = self._slots.to(device)
-        return mask
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, cache_kwargs: object = None, **more: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, H, T, D) of one layer; returns what the rows hold, (B, H, end, D).
-
-        cache_kwargs, more: what transformers' own caches are told besides (`kwargs` since 5.24); not needed here.
-        """
-        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
-            if len(self._rows) == 1:
-                self._view(store)[:, :, -new.shape[2] :] = new
-            else:
-                # Where embeddings are trained, they are float32 and autocast makes keys of the frozen layers in less.
-                store[self._index, :, self._slots] = new.transpose(1, 2).to(store.dtype)
-        return self._view(self.keys[layer]), self._view(self.values[layer])
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Length before this pass, which transformers asks for; its own positions from it are not used."""
-        return self.lengths[self._rows[0]] if self._rows else 0
-
-    def advance(self, counts: Sequence[int]) -> None:
-        """Keep the first counts[i] tokens of what row i was given; the rest is padding and gets overwritten."""
-        for row, count in zip(self._rows, counts, strict=True):
-            self.lengths[row] += count
-
-    def copy_out(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per layer the first `length` keys and values of a row, (H, length, D) each."""
-        pairs = zip(self.keys, self.values, strict=True)
-        return [(keys[row, :, :length].clone(), values[row, :, :length].clone()) for keys, values in pairs]
-
-    def copy_in(self, row: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
-        """Fill the head of a row with the first `length` tokens of what `copy_out` gave."""
-        for keys, values, (key, value) in zip(self.keys, self.values, layers, strict=True):
-            keys[row, :, :length] = key[:, :length]
-            values[row, :, :length] = value[:, :length]
-        self.lengths[row] = length
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows; the kept ones are renumbered from 0."""
-        index = torch.tensor(list(rows), device=self.keys[0].device)
-        for layer in range(len(self.keys)):
-            self.keys[layer] = self.keys[layer].index_select(0, index)
-            self.values[layer] = self.values[layer].index_select(0, index)
-        self.lengths = [self.lengths[row] for row in rows]
-
-    def _view(self, store: torch.Tensor) -> torch.Tensor:
-        first = self._rows[0]  # either a single row or all of them
-        return store[first : first + len(self._rows), :, : self._end]
-
-    def _grow(self, needed: int) -> None:
-        extra = max(needed - self.size, self.size // 4)
-        for stores in (self.keys, self.values):
-            for layer, store in enumerate(stores):
-                stores[layer] = torch.nn.functional.pad(store, (0, 0, 0, extra))
-
-
-class PrefixStore:
-    """KV of prompt heads, kept over calls; the least recently used go first. computed counts tokens that were prefilled."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.computed = 0
-        self._entries: OrderedDict[Segments, tuple[list[int], list]] = OrderedDict()
-
-    def longest(self, segments: Segments) -> tuple[int, int, list]:
-        """(number of leading segments that are kept, their tokens, their KV per layer)."""
-        best: tuple[int, int, list] = (0, 0, [])
-        found = None
-        for kept, (lengths, layers) in self._entries.items():
-            shared = next((i for i, (a, b) in enumerate(zip(kept, segments, strict=False)) if a != b), None)
-            shared = min(len(kept), len(segments)) if shared is None else shared
-            if shared > best[0]:
-                best, found = (shared, sum(lengths[:shared]), layers), kept
-        if found is not None:
-            self._entries.move_to_end(found)
-        return best
-
-    def put(self, segments: Segments, lengths: list[int], cache: KVCache, row: int) -> None:
-        """Keep the head of a row. Heads that it contains are dropped, and the oldest ones beyond the room."""
-        total = sum(lengths)
-        if not segments or total > PREFIX_TOKENS or any(k[: len(segments)] == segments for k in self._entries):
-            return
-        for kept in [k for k in self._entries if segments[: len(k)] == k]:
-            del self._entries[kept]
-        while self._entries and total + sum(sum(held) for held, _ in self._entries.values()) > PREFIX_TOKENS:
-            self._entries.popitem(last=False)
-        self._entries[segments] = (lengths, cache.copy_out(row, total))
 
 
 @dataclass(slots=True)
@@ -182,7 +45,8 @@ class _Row:
     """One query on its way.
 
     embeds (1, T, D), positions (3, 1, T): prompt and opening; seen (V,) bool: tokens that have occurred; next: position of
-    the next token; logits (V,): for the next choice.
+    the next token; ahead: the tokens that were fed as a guess; logits (1 + len(ahead), V): for the next choice, and for those
+    behind each of them. lookup: None where replies are drawn by chance.
     """
 
     index: int
@@ -195,6 +59,8 @@ class _Row:
     lengths: list[int]
     seen: torch.Tensor
     next: int
+    lookup: Lookup | None
+    ahead: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None
 
 
@@ -258,6 +124,7 @@ def _prepare(mllm: QwenVL, index: int, query: Query, bounds: tuple[int, int], ma
         lengths=lengths,
         seen=seen,
         next=next_position(positions),
+        lookup=Lookup(ids, mllm.vocabulary().controls) if mllm.guesses and query.temperature <= 0 else None,
     )
 
 
@@ -279,14 +146,14 @@ def _run(
     mllm: QwenVL, rows: list[_Row], replies: dict[int, str], on_text: OnText | None, should_stop: ShouldStop | None
 ) -> None:
     """Prefill and decode one batch."""
-    config = mllm.config.get_text_config()
-    size = max(row.embeds.shape[1] + row.query.max_new_tokens for row in rows) + LITERAL_TOKENS
-    cache = KVCache(config, len(rows), size, dtype=mllm.dtype, device=mllm.device)
+    size = max(row.embeds.shape[1] + row.query.max_new_tokens for row in rows) + LITERAL_TOKENS + WIDEST
+    steps = mllm.stepping().open(mllm, language_model(mllm.model), len(rows), size, MAX_BATCH)
+    cache = steps.cache
     for at, row in enumerate(rows):
         _prefill(mllm, cache, at, row, should_stop)
     while True:
         _poll(should_stop)
-        feeds = [_choose(mllm, row, on_text) for row in rows]
+        feeds = [_advance(mllm, cache, at, row, on_text, should_stop) for at, row in enumerate(rows)]
         for row in rows:
             if row.reply.done:
                 replies[row.index] = row.reply.text.strip()
@@ -296,7 +163,7 @@ def _run(
         if len(going) < len(rows):
             cache.keep(going)
             rows, feeds = [rows[i] for i in going], [feeds[i] for i in going]
-        _step(mllm, cache, rows, feeds)
+        _step(mllm, steps, rows, feeds)
 
 
 def _prefill(mllm: QwenVL, cache: KVCache, at: int, row: _Row, should_stop: ShouldStop | None) -> None:
@@ -305,19 +172,52 @@ def _prefill(mllm: QwenVL, cache: KVCache, at: int, row: _Row, should_stop: Shou
     known, start, layers = store.longest(row.segments[:-1])
     if known:
         cache.copy_in(at, layers, start)
+    model = language_model(mllm.model)
     for length in row.lengths[known:]:
-        _poll(should_stop)
-        span = slice(start, start + length)
-        hidden = _forward(mllm, cache, [at], row.embeds[:, span], row.positions[:, :, span], [length])
-        start += length
+        for piece in _pieces(start, length, mllm.device):
+            _poll(should_stop)
+            span = slice(start, start + piece)
+            hidden = forward(model, cache, [at], row.embeds[:, span], row.positions[:, :, span], [piece])
+            start += piece
         store.computed += length
     store.put(row.segments[:-1], row.lengths[:-1], cache, at)
-    row.logits = mllm.model.lm_head(hidden[:, -1])[0].float()
+    row.logits = mllm.model.lm_head(hidden[:, -1]).float()
 
 
-def _choose(mllm: QwenVL, row: _Row, on_text: OnText | None) -> list[int]:
-    """Let the model choose one token of a row; returns the tokens to feed."""
-    logits = row.logits
+def _pieces(start: int, length: int, device: torch.device) -> list[int]:
+    """How a segment is cut for reading. It depends on nothing but its place, so that kept and computed segments are alike."""
+    if start == 0 or device.type != "cpu":
+        return [length]
+    return [min(PIECE, length - at) for at in range(0, length, PIECE)]
+
+
+def _advance(
+    mllm: QwenVL, cache: KVCache, at: int, row: _Row, on_text: OnText | None, should_stop: ShouldStop | None
+) -> list[int]:
+    """Let the model choose tokens of a row for as long as their logits are there; returns the tokens to feed."""
+    held = 0
+    while True:
+        feed = _choose(mllm, row, row.logits[held], on_text)
+        if row.lookup is not None:
+            row.lookup.extend(feed)
+        if row.reply.done:
+            return []
+        fed = 0
+        while fed < len(feed) and held + fed < len(row.ahead) and row.ahead[held + fed] == feed[fed]:
+            fed += 1
+        held += fed
+        if fed < len(feed):
+            break
+        _poll(should_stop)
+    if row.lookup is not None:
+        row.lookup.learn(len(row.ahead), held)
+    cache.lengths[at] += held
+    row.next += held
+    return feed[fed:]
+
+
+def _choose(mllm: QwenVL, row: _Row, logits: torch.Tensor, on_text: OnText | None) -> list[int]:
+    """Let the model choose one token of a row from logits (V,); returns the tokens to feed."""
     if mllm.repetition_penalty != 1 and row.reply.in_text:
         # Not in choices: a score must not depend on which digits the prompt happens to mention.
         logits = penalise(logits, row.seen, mllm.repetition_penalty)
@@ -331,48 +231,20 @@ def _choose(mllm: QwenVL, row: _Row, on_text: OnText | None) -> list[int]:
     return feed
 
 
-def _step(mllm: QwenVL, cache: KVCache, rows: list[_Row], feeds: list[list[int]]) -> None:
-    """Feed every row its tokens in one forward pass; sets the rows' logits."""
-    longest = max(len(feed) for feed in feeds)
-    tokens = torch.tensor([feed + [0] * (longest - len(feed)) for feed in feeds], device=mllm.device)
-    starts = torch.tensor([row.next for row in rows])
-    positions = (starts[:, None] + torch.arange(longest)).expand(3, -1, -1)
-    embeds = mllm.model.get_input_embeddings()(tokens)
-    counts = [len(feed) for feed in feeds]
-    hidden = _forward(mllm, cache, range(len(rows)), embeds, positions, counts)
-    last = torch.tensor(counts, device=hidden.device) - 1
-    logits = mllm.model.lm_head(hidden[torch.arange(len(rows), device=hidden.device), last]).float()
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        row.logits = logits[i]
-        row.next += count
-
-
-def _forward(
-    mllm: QwenVL,
-    cache: KVCache,
-    rows: Sequence[int],
-    embeds: torch.Tensor,
-    positions: torch.Tensor,
-    counts: Sequence[int],
-) -> torch.Tensor:
-    """(B, T, D) embeddings at (3, B, T) positions -> hidden states (B, T, D); counts: valid tokens per row."""
-    mask = cache.aim(rows, embeds.shape[1])
-    model = language_model(mllm.model)
-    output = model(
-        inputs_embeds=embeds,
-        position_ids=positions.to(embeds.device),
-        attention_mask=dict.fromkeys(MASKS, mask),
-        use_cache=True,
-        **{cache_argument(type(model)): cache},
-    )
-    cache.advance(counts)
-    return output.last_hidden_state
-
-
-@lru_cache
-def cache_argument(kind: type[torch.nn.Module]) -> str:
-    """What a language model of transformers calls its cache: `cache` since 5.24, where the older name only warns."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _step(mllm: QwenVL, steps: PlainSteps | FixedSteps, rows: list[_Row], feeds: list[list[int]]) -> None:
+    """Feed every row its tokens, and behind them what is guessed to follow, in one forward pass; sets the rows' logits."""
+    for row in rows:
+        # In a choice the next tokens are few and their literals free; what is drawn by chance is hardly ever guessed.
+        speaks = row.lookup is not None and row.reply.in_text
+        row.ahead = row.lookup.guess() if speaks else []
+    pushed = [[*feed, *row.ahead] for row, feed in zip(rows, feeds, strict=True)]
+    hidden = steps.step(pushed, [row.next for row in rows], [len(feed) for feed in feeds])
+    asked = [(i, len(feed) - 1 + k) for i, feed in enumerate(feeds) for k in range(len(rows[i].ahead) + 1)]
+    at, places = torch.tensor(asked, device=hidden.device).unbind(1)
+    logits = mllm.model.lm_head(hidden[at, places]).float().split([len(row.ahead) + 1 for row in rows])
+    for row, feed, found in zip(rows, feeds, logits, strict=True):
+        row.logits = found
+        row.next += len(feed)
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -18,11 +18,12 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..types import Counts
 from .positions import rope_positions
-from .vision import patchify, prepare
+from .vision import Shown, patchify, prepare
 
 if TYPE_CHECKING:
+    from .cache import PrefixStore
     from .constrain import Vocabulary
-    from .decode import PrefixStore
+    from .steps import Stepping
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class QwenVL:
 
     model: transformers' Qwen2_5_VLForConditionalGeneration; its lm_head may be None (conditioning only). counts: shared with
     the run; replace it for a new run. bounds: (min, max) pixels stated by the checkpoint's processor config, or None.
-    repetition_penalty: stated by the checkpoint's generation config (1.05 in the stock model), used in free text.
+    repetition_penalty: stated by the checkpoint's generation config (1.05 in the stock model), used in free text. guesses:
+    whether greedy replies are guessed ahead (`lookup`), which may be set.
     """
 
     def __init__(
@@ -75,8 +77,11 @@ class QwenVL:
         self.repetition_penalty = repetition_penalty
         self.image_token_id = int(self.config.image_token_id)
         self._features: OrderedDict[tuple[str, torch.device], VisionFeatures] = OrderedDict()
+        self._shown = Shown(FEATURES_KEPT)
         self._vocabulary: Vocabulary | None = None
         self._prefixes: PrefixStore | None = None
+        self._stepping: Stepping | None = None
+        self.guesses = True
 
     @property
     def device(self) -> torch.device:
@@ -111,9 +116,15 @@ class QwenVL:
     ) -> VisionFeatures:
         """Features of a picture (1, 3, H, W) in 0..1. A picture already seen at this size costs no pass.
 
-        max_side, snap: see `vision.prepare`.
+        max_side, snap: see `vision.prepare`. The very tensor that was shown before is known without a look at its pixels.
         """
+        how = (min_pixels, max_pixels, max_side, snap)
+        slot = (self._shown.key_of(image, how) or "", self.device)
+        if slot in self._features:
+            self._features.move_to_end(slot)
+            return self._features[slot]
         pixels, size, key = prepare(image, min_pixels=min_pixels, max_pixels=max_pixels, max_side=max_side, snap=snap)
+        self._shown.note(image, how, key)
         slot = (key, self.device)
         if slot in self._features:
             self._features.move_to_end(slot)
@@ -130,9 +141,11 @@ class QwenVL:
         return features
 
     def release(self) -> None:
-        """Forget all kept features and KV prefixes. Needed after a change of the weights, as of a LoRA."""
+        """Forget all kept features, KV prefixes and graphs. Needed after a change of the weights, as of a LoRA."""
         self._features.clear()
         self._prefixes = None
+        if self._stepping is not None:
+            self._stepping.release()
 
     # text
 
@@ -187,11 +200,19 @@ class QwenVL:
 
     def prefixes(self) -> PrefixStore:
         """Kept KV of prompt heads. A store on another device than the weights is dropped: the weights have moved."""
-        from .decode import PrefixStore
+        from .cache import PrefixStore
 
         if self._prefixes is None or self._prefixes.device != self.device:
             self._prefixes = PrefixStore(self.device)
         return self._prefixes
+
+    def stepping(self) -> Stepping:
+        """How decoding steps are made; its `mode` may be set."""
+        from .steps import Stepping
+
+        if self._stepping is None:
+            self._stepping = Stepping()
+        return self._stepping
 
     # sequences
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +101,32 @@ def prepare(
     content = hashlib.blake2b(np.ascontiguousarray(pixels.numpy()).data, digest_size=16)
     height, width = pixels.shape[-2:]
     return pixels, size, f"{content.hexdigest()}:{width}x{height}:{size[1]}x{size[0]}"
+
+
+class Shown:
+    """The keys of pictures that were prepared, by tensor: resizing and hashing one costs more than all that follows from its
+    key. A tensor that was written to since, or another one, is not known. kept: how many are."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._keys: OrderedDict[tuple, tuple[weakref.ref[torch.Tensor], str]] = OrderedDict()
+
+    def key_of(self, image: torch.Tensor, how: tuple) -> str | None:
+        """The key that was noted for this tensor, prepared as `how` says."""
+        noted, key = self._keys.get(_name(image, how), (None, None))
+        return key if noted is not None and noted() is image else None
+
+    def note(self, image: torch.Tensor, how: tuple, key: str) -> None:
+        """Remember a key."""
+        if image.is_inference():  # such tensors do not count how often they were written to
+            return
+        self._keys[_name(image, how)] = (weakref.ref(image), key)
+        while len(self._keys) > self._kept:
+            self._keys.popitem(last=False)
+
+
+def _name(image: torch.Tensor, how: tuple) -> tuple:
+    return (id(image), 0 if image.is_inference() else image._version, *how)
 
 
 def patchify(pixels: torch.Tensor, size: tuple[int, int], key: str = "") -> Patches:

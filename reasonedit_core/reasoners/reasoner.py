@@ -17,7 +17,7 @@ from ..dialogue.pack import TASKS, Pack, fill, language_of
 from ..dialogue.prompts import render
 from ..dialogue.replies import parse_consistency, parse_description, parse_pair, parse_thought, parse_verdict
 from ..errors import ConfigError, MalformedReply
-from ..interfaces import Query, Speaker
+from ..interfaces import Pair, Query, Speaker
 from ..types import OnText, Reflection, Scores, ShouldStop, Thought
 
 if TYPE_CHECKING:
@@ -91,23 +91,51 @@ class PackReasoner:
         return answer.value
 
     def reflect(
-        self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None
+        self,
+        source: torch.Tensor,
+        edited: torch.Tensor,
+        goal: str,
+        target: str,
+        *,
+        original: str | None = None,
+        scores: bool = True,
     ) -> Reflection:
         """Score the edited picture, then decide in the light of its consistency score.
 
-        A pack without the questions for the edit's and the picture's quality is not asked for these scores.
+        scores: ask for the edit's and the picture's quality as well, where the pack has these questions. They are asked with
+        the same words and seeds as `grade` asks them later. A speaker whose replies are `in_order` is always asked.
         """
+        scores = scores or getattr(self.speaker, "in_order", False)
         images = {"source": source, "result": edited}
         values = {"instruction": goal, "original": _other(original, goal), "target": target}
-        optional = [task for task in (self._forms["edit_score"], "quality_score") if task in self.pack.tasks]
-        consistency, *more = self._ask([self._question(task, images, values) for task in ("score", *optional)])
-        given = {TASKS[task].name: answer.value for task, answer in zip(optional, more, strict=True)}
+        graders = self._graders()
+        asked = graders if scores else []
+        consistency, *more = self._ask([self._question(task, images, values) for task in ("score", *asked)])
+        given = {TASKS[task].name: answer.value for task, answer in zip(asked, more, strict=True)}
         score, reason = consistency.value.score, consistency.value.reason
         values = {**values, "score": score, "reason": reason}
         (verdict,) = self._ask([self._question(self._forms["reflect"], images, values)])
-        scores = Scores(given.get("edit_score"), given.get("quality_score"), score, reason)
+        pairs = (given.get("edit_score"), given.get("quality_score"))
         decision, why, second = verdict.value
-        return Reflection(decision, why, second, scores, verdict.raw)
+        return Reflection(decision, why, second, Scores(*pairs, score, reason, scores or not graders), verdict.raw)
+
+    def grade(
+        self, source: torch.Tensor, pictures: Sequence[tuple[torch.Tensor, str, str]], *, original: str | None = None
+    ) -> list[tuple[Pair, Pair]]:
+        """See `Reasoner`."""
+        graders = self._graders()
+        questions = []
+        for edited, goal, target in pictures:
+            values = {"instruction": goal, "original": _other(original, goal), "target": target}
+            images = {"source": source, "result": edited}
+            questions += [self._question(task, images, values) for task in graders]
+        answers = iter(self._ask(questions) if questions else [])
+        found = [{TASKS[task].name: next(answers).value for task in graders} for _ in pictures]
+        return [(given.get("edit_score"), given.get("quality_score")) for given in found]
+
+    def _graders(self) -> list[str]:
+        """The pack's questions for the edit and for the picture's quality, those it has."""
+        return [task for task in (self._forms["edit_score"], "quality_score") if task in self.pack.tasks]
 
     def _question(self, task: str, images: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[Query, str]:
         """The query, and the language it is asked in."""

@@ -16,8 +16,11 @@ TASKS = ("think", "describe", "score", "reflect", "edit_score", "quality_score")
 class ScriptedSpeaker:
     """Answers each task with its recorded replies, in order. `asked` holds the queries so far.
 
+    in_order: replies belong to rounds by their order, so scores are asked for with every verdict and never later.
     Replies that are left over are no error; a list that runs out is a ReasonerError naming its key.
     """
+
+    in_order = True
 
     def __init__(self, replies: Mapping[str, Sequence[str]], *, name: str = "scripted replies") -> None:
         expected = f"expected an object with lists of texts under some of the keys {', '.join(TASKS)}"

@@ -31,9 +31,16 @@ class VerdictReasoner(PackReasoner):
         return ""
 
     def reflect(
-        self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None
+        self,
+        source: torch.Tensor,
+        edited: torch.Tensor,
+        goal: str,
+        target: str,
+        *,
+        original: str | None = None,
+        scores: bool = True,
     ) -> Reflection:
-        """Decide at once."""
+        """Decide at once; scores: of no effect, there are none."""
         other = original if original and original.strip() != goal.strip() else None
         values = {"instruction": goal, "original": other, "target": target, "score": "", "reason": ""}
         images = {"source": source, "result": edited}

@@ -24,6 +24,9 @@ from .drawing import Task
 if TYPE_CHECKING:
     from ...reasonedit_core.interfaces import Codec
 
+EAGER = replace(POLICIES["reasonedit"], lazy_scores=False)
+"""The default policy with all scores: a record tells what a shorter run would have returned, which compares other rounds."""
+
 Record = dict[str, Any]
 """What came of one run for one item; JSON. key, rounds (see `_round_record`), source: the judgement of the untouched picture,
 best: per number of rounds the index of the round that is returned, None for the source, error: why it ended early, or None."""
@@ -39,7 +42,7 @@ class Body:
     generator: Generator
     reasoner: Reasoner | None
     defaults: Mapping[str, Any]
-    policy: Policy = POLICIES["reasonedit"]
+    policy: Policy = EAGER
     codec: Codec | None = None
 
     def request(self, task: Task, instruction: str | None = None, **options: Any) -> EditRequest:
@@ -176,7 +179,7 @@ def _round_record(body: Body, task: Task, made: Round, edited: dict[str, float],
         record |= {
             "decision": found.decision.value,
             "believed": believed(found, body.policy),
-            "score": round(score(found), 6),
+            "score": round(score(found), 6) if found.scores.asked else None,
             "consistency": found.scores.consistency,
             "reason": found.reason,
             "second": found.instruction,

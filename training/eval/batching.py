@@ -22,8 +22,7 @@ import torch
 from torch.nn import functional
 
 from ...reasonedit_core.errors import ReasonEditError
-from ...reasonedit_core.mllm.decode import MASKS
-from ...reasonedit_core.mllm.qwen25vl import language_model
+from ...reasonedit_core.mllm.qwen25vl import MASKS, language_model
 from ...reasonedit_core.types import Conditioning, LatentImage
 from .strands import Answer, Serve, ask_one
 

@@ -51,10 +51,10 @@ class TwoReasoners:
         return self.reflector.describe(image, goal, original=original)
 
     def reflect(
-        self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None
+        self, source: torch.Tensor, edited: torch.Tensor, goal: str, target: str, *, original: str | None = None, **more: Any
     ) -> Reflection:
         """The reflector's."""
-        return self.reflector.reflect(source, edited, goal, target, original=original)
+        return self.reflector.reflect(source, edited, goal, target, original=original, **more)
 
 
 # ---- planted pictures ----------------------------------------------------------------------------------------------------

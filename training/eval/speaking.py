@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from ...reasonedit_core.errors import ConfigError, ReasonEditError
 from ...reasonedit_core.mllm.constrain import Reply
-from ...reasonedit_core.mllm.decode import MASKS, cache_argument, penalise, pick
+from ...reasonedit_core.mllm.decode import penalise, pick
 from ...reasonedit_core.mllm.positions import next_position
-from ...reasonedit_core.mllm.qwen25vl import language_model
+from ...reasonedit_core.mllm.qwen25vl import MASKS, language_model
+from ...reasonedit_core.mllm.steps import cache_argument
 from .batching import Eyes, padded, roof, slabs
 from .strands import Answer, ask
 

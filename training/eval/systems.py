@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,8 @@ def open_body(folders: Folders, choice: Choice, *, device: str = "auto", dtype: 
     reasoner = None if choice.reasoner is None else speak(choice.reasoner)
     if choice.reflector is not None:
         reasoner = _with_reflector(reasoner, speak(choice.reflector), choice.form)
-    return Body(generator, reasoner, system.defaults, system.policy, generator.codec), serve
+    policy = replace(system.policy, lazy_scores=False)
+    return Body(generator, reasoner, system.defaults, policy, generator.codec), serve
 
 
 def _load(folder: Path, speaks: bool, device: str, dtype: str) -> System:
