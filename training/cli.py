@@ -339,7 +339,8 @@ def _add_mini(commands) -> None:
     add = parser.add_argument
     add("--system", required=True, metavar="NAME", help="mini-s (Step1X-Edit in small) or mini-q (Qwen-Image-Edit in small)")
     add("--out", type=Path, required=True, metavar="DIR", help="all that is made; both miniatures may share it")
-    add("--until", metavar="LINK", help="stop after tokens, records, vae, words, scenes, base, start, stages or finish")
+    links = "tokens, records, vae, words, scenes, reasoning, base, edits, start, stages, finish or compare"
+    add("--until", metavar="LINK", help=f"stop after {links}")
     add("--share", type=float, default=1.0, metavar="S", help="of all records and steps, for a trial of the command (1)")
     add("--links", type=Path, metavar="DIR", help="take links that were made elsewhere, where OUT has none of its own")
     add("--threads", type=whole(0, 1024), default=0, metavar="N", help="CPU threads of torch (0: its own choice)")

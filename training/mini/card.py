@@ -19,7 +19,7 @@ TABLES = "tables"
 
 _PARTS = {"text_encoder": "MLLM", "transformer": "DiT and connector", "vae": "VAE"}
 _OF = {"mini-s": "Step1X-Edit v1.2", "mini-q": "Qwen-Image-Edit-2509"}
-_BASES = {"words": "base MLLM", "scenes": "base MLLM, second run", "base": "base editor"}
+_BASES = {"words": "base MLLM", "scenes": "base MLLM, second run", "base": "base editor", "edits": "base editor, second run"}
 _TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 
 _HEAD = """---
@@ -43,8 +43,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
     reasonedit-train mini --system {name} --out DIR
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
-(base MLLM), `reasoning.toml` (the paper's first stage), `base.toml` (base editor) and `{recipe}.toml` (the second and the
-third stage)."""
+(base MLLM), `reasoning.toml` (the paper's first stage), `base.toml` and `edits.toml` (base editor) and `{recipe}.toml` (the
+second and the third stage)."""
 
 _MEASURED = """## Measured
 
@@ -104,7 +104,7 @@ def _records(out: Path) -> str:
 def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
-    for run in ("words", "scenes", "reasoning", f"{system}-base", system):
+    for run in ("words", "scenes", "reasoning", f"{system}-base", f"{system}-edits", system):
         for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
             name = log.parent.name.partition("-")[2]
             rows.append(_row(_BASES.get(name, name), log.parent, _losses(log.parent)))

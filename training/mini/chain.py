@@ -8,14 +8,16 @@
     DIR/runs/reasoning        the paper's first stage, on it; the MLLM is the same in both miniatures, so it is trained once
     DIR/bare/NAME             the released layout with trained autoencoder and base MLLM, and a random DiT
     DIR/runs/NAME-base        the base editor
-    DIR/start/NAME            the same with the base editor: what the paper's stages start from
+    DIR/first/NAME            the same with it
+    DIR/runs/NAME-edits       the base editor going on
+    DIR/start/NAME            the same with that one: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
     DIR/compare/NAME/...      what only tables compare with: the checkpoints between the stages, and reflectors of other forms
 
-Every link is left out where what it makes is there already, and the runs go on from their last checkpoint: starting the same
-command again is how to resume. Two miniatures made in one folder share what does not depend on the system. Links that were
-made elsewhere, copied into DIR, are taken as if they had been made there.
+Every link is left out where what it makes is there already, or where that was needed only for something which is; the runs go
+on from their last checkpoint: starting the same command again is how to resume. Two miniatures made in one folder share what
+does not depend on the system. Links that were made elsewhere, copied into DIR, are taken as if they had been made there.
 """
 
 from __future__ import annotations
@@ -62,6 +64,9 @@ REFLECTION = "reflection"
 BASE = "base"
 """The recipe of the base editor, and what tables call the checkpoint before the three stages."""
 
+EDITS = "edits"
+"""The recipe in which the base editor goes on."""
+
 BETWEEN = {"editing": "edit"}
 """Stage of a miniature's recipe -> what tables call the checkpoint after it."""
 
@@ -103,11 +108,9 @@ class Chain:
         """The finished miniature."""
         return self.out / self.system
 
-    @property
-    def _edits_plainly(self) -> Path:
-        """What the run of the base editor leaves."""
-        name = f"{self.system}-{BASE}"
-        return self.out / "runs" / name / f"{name}_merged"
+    def _run_of(self, recipe: str) -> str:
+        """The run of the base editor with this recipe."""
+        return f"{self.system}-{recipe}"
 
     # links
 
@@ -121,6 +124,7 @@ class Chain:
             "scenes": self._scenes,
             "reasoning": self._reasoning,
             "base": self._base,
+            "edits": self._edits,
             "start": self._start,
             "stages": self._stages,
             "finish": self._finish,
@@ -184,47 +188,36 @@ class Chain:
         return 0 if made is not None else EXIT_STOPPED
 
     def _words(self) -> int:
-        return self._recipe_run(WORDS, self.out / "runs" / WORDS, weights=self.out / "blank" / MLLM_SYSTEM)
+        if self._has_run(SCENES):
+            return 0
+        return self._recipe_run(WORDS, WORDS, lambda: self.out / "blank" / MLLM_SYSTEM)
 
     def _scenes(self) -> int:
-        place = self.out / "begun"
-        if not (place / _SETTINGS).is_file():
-            _whole(place, lambda part: self._put_together(part, MLLM_SYSTEM, WORDS))
-        return self._recipe_run(SCENES, self.out / "runs" / SCENES, weights=place)
+        return self._recipe_run(SCENES, SCENES, lambda: self._checkpoint("begun", MLLM_SYSTEM, mllm=WORDS))
 
     def _reasoning(self) -> int:
-        return self._recipe_run(REASONING, self.out / "runs" / REASONING, weights=self._mllm())
+        return self._recipe_run(REASONING, REASONING, self._mllm)
 
     def _mllm(self) -> Path:
-        """A checkpoint whose MLLM is the base MLLM; all else in it is random."""
-        place = self.out / "mllm"
-        if not (place / _SETTINGS).is_file():
-            _whole(place, lambda part: self._put_together(part, MLLM_SYSTEM, SCENES))
-        return place
+        return self._checkpoint("mllm", MLLM_SYSTEM, mllm=SCENES)
 
     def _base(self) -> int:
-        place = self.out / "bare" / self.system
-        if not (place / _SETTINGS).is_file():
-            _whole(place, lambda part: self._put_together(part, self.system, SCENES, self.out / "vae" / self.system))
-        return self._recipe_run(BASE, self._edits_plainly.parent, place, (f'model.system="{MINIS[self.system]}"',))
+        if self._has_run(self._run_of(EDITS)):
+            return 0
+        return self._editor(BASE, lambda: self._checkpoint(f"bare/{self.system}", self.system, mllm=SCENES, vae=True))
 
-    def _put_together(self, part: Path, system: str, run: str, vae: Path | None = None) -> None:
-        """The blank checkpoint of a system, with the MLLM that a run left, and a trained autoencoder, in their places."""
-        self._with_mllm(self.out / "blank" / system, part, run)
-        if vae is not None:
-            shutil.rmtree(part / "vae")
-            shutil.copytree(vae, part / "vae", ignore=shutil.ignore_patterns("report.json"))
+    def _edits(self) -> int:
+        return self._editor(EDITS, lambda: self._whole_checkpoint(f"first/{self.system}", dit=self._run_of(BASE)))
+
+    def _editor(self, recipe: str, weights: Callable[[], Path]) -> int:
+        return self._recipe_run(recipe, self._run_of(recipe), weights, (f'model.system="{MINIS[self.system]}"',))
 
     def _start(self) -> int:
-        from .finish import write_finished
-
-        place = self.out / "start" / self.system
-        if not (place / _SETTINGS).is_file():
-            _whole(place, lambda part: write_finished(self._edits_plainly, part))
+        self._whole_checkpoint(f"start/{self.system}")
         return 0
 
     def _stages(self) -> int:
-        return self._recipe_run(self.recipe, self.run)
+        return self._recipe_run(self.recipe, self.system)
 
     def _finish(self) -> int:
         """What was merged at the end of the run, as weights in one file a part, with the settings of the miniature."""
@@ -239,21 +232,24 @@ class Chain:
         from ..config_file import read_snapshot
         from ..run import export_stage
         from ..stages import plan_stages
+        from .finish import write_finished
 
-        self._compared(f"stages/{BASE}", lambda rough: shutil.copytree(self._edits_plainly, rough / self._edits_plainly.name))
-        self._compared_reasoner("stages/reason", REASONING)
+        compare = f"compare/{self.system}"
+        self._whole_checkpoint(f"{compare}/stages/{BASE}")
+        self._whole_checkpoint(f"{compare}/stages/reason", mllm=REASONING)
         config = read_snapshot(self.run)
         for plan in plan_stages(config):
-            if plan.stage.name in BETWEEN:
-                self._compared(
-                    f"stages/{BETWEEN[plan.stage.name]}", lambda rough, plan=plan: export_stage(config, plan, "merged", rough)
-                )
+            place = self.out / compare / "stages" / BETWEEN.get(plan.stage.name, "")
+            if plan.stage.name in BETWEEN and not (place / _SETTINGS).is_file():
+                with tempfile.TemporaryDirectory(dir=self.out) as rough:
+                    export_stage(config, plan, "merged", Path(rough))
+                    _whole(place, lambda part, rough=rough: write_finished(next(Path(rough).glob("*_merged")), part))
         for form in FORMS:
             run = f"{REFLECTION}-{form}"
-            code = self._recipe_run(REFLECTION, self.out / "runs" / run, self._mllm(), (f'data.reflection="{form}"',))
+            code = self._recipe_run(REFLECTION, run, self._mllm, (f'data.reflection="{form}"',))
             if code:
                 return code
-            self._compared_reasoner(f"reflection/{form}", run)
+            self._whole_checkpoint(f"{compare}/reflection/{form}", mllm=run)
         return 0
 
     def _card(self) -> int:
@@ -265,50 +261,50 @@ class Chain:
 
     # shared parts
 
-    def _with_mllm(self, folder: Path, part: Path, run: str) -> None:
-        """Copy a checkpoint, and put the MLLM that a run left into the copy."""
-        shutil.copytree(folder, part)
-        for old in (part / "text_encoder").glob("*.safetensors*"):
-            old.unlink()
-        for new in (self.out / "runs" / run / f"{run}_merged" / "text_encoder").glob("*.safetensors*"):
-            shutil.copy2(new, part / "text_encoder" / new.name)
+    def _whole_checkpoint(self, name: str, *, mllm: str = SCENES, dit: str | None = None) -> Path:
+        """A checkpoint of this system with all three parts trained. dit: by default of the base editor."""
+        return self._checkpoint(name, self.system, mllm=mllm, dit=dit or self._run_of(EDITS), vae=True)
 
-    def _compared(self, name: str, export: Callable[[Path], object]) -> None:
-        """A folder of `compare`. export: writes *_merged into a folder."""
-        from .finish import write_finished
+    def _checkpoint(self, name: str, system: str, *, mllm: str, dit: str | None = None, vae: bool = False) -> Path:
+        """OUT/name: the blank checkpoint of a system, with what the runs `mllm` and `dit` left in the place of those parts, and
+        the trained autoencoder; the other parts stay random."""
 
         def build(part: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=self.out) as rough:
-                export(Path(rough))
-                write_finished(next(Path(rough).glob("*_merged")), part)
+            shutil.copytree(self.out / "blank" / system, part)
+            for folder, run in (("text_encoder", mllm), ("transformer", dit)):
+                if run is not None:
+                    _swap_weights(part / folder, self.out / "runs" / run / f"{run}_merged" / folder)
+            if vae:
+                shutil.rmtree(part / "vae")
+                shutil.copytree(self.out / "vae" / system, part / "vae", ignore=shutil.ignore_patterns("report.json"))
 
-        self._compare_with(name, build)
-
-    def _compared_reasoner(self, name: str, run: str) -> None:
-        """A folder of `compare` that is the start of the stages with the MLLM that a run left."""
-        self._compare_with(name, lambda part: self._with_mllm(self.out / "start" / self.system, part, run))
-
-    def _compare_with(self, name: str, build: Callable[[Path], object]) -> None:
-        place = self.out / "compare" / self.system / name
+        place = self.out / name
         if not (place / _SETTINGS).is_file():
             _whole(place, build)
+        return place
 
-    def _recipe_run(self, recipe: str, out: Path, weights: Path | None = None, sets: Sequence[str] = ()) -> int:
-        """A run of the engine, begun, gone on with, or left as it is when it has ended."""
+    def _has_run(self, run: str) -> bool:
+        """Whether a run has ended."""
+        return (self.out / "runs" / run / f"{run}_merged").is_dir()
+
+    def _recipe_run(self, recipe: str, name: str, weights: Callable[[], Path] | None = None, sets: Sequence[str] = ()) -> int:
+        """The run `name` of the engine, begun, gone on with, or left as it is when it has ended. weights: makes the checkpoint
+        that it begins with, which is not needed later."""
         from ..config_file import SNAPSHOT, make_config, read_recipe, read_snapshot
         from ..run import run
 
-        if (out / f"{out.name}_merged").is_dir():
+        out = self.out / "runs" / name
+        if self._has_run(name):
             return 0
         if (out / SNAPSHOT).is_file():
             return run(read_snapshot(out), source=recipe, quiet=self.quiet, resume=True)
         path = RECIPES / f"{recipe}.toml"
         raw = read_recipe(path)
-        raw["run"] |= {"out": str(out), "name": out.name, "threads": self.threads}
+        raw["run"] |= {"out": str(out), "name": name, "threads": self.threads}
         if raw["run"]["precision"] == "auto":
             raw["run"]["precision"] = _precision()
         if weights is not None:
-            raw["model"]["weights"] = str(weights)
+            raw["model"]["weights"] = str(weights())
         if self.share < 1:
             for stage in raw["stage"]:
                 stage["steps"] = self._some(stage["steps"])
@@ -317,6 +313,17 @@ class Chain:
 
     def _some(self, count: int) -> int:
         return max(1, round(count * self.share))
+
+
+def _swap_weights(folder: Path, trained: Path) -> None:
+    """Put the weights of a trained part in the place of those in `folder`, however each is cut into files."""
+    found = sorted(trained.glob("*.safetensors*"))
+    if not found:
+        raise ConfigError(f"expected the weights of a run in {trained}, found none. Remove its *_merged and start again.")
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    for new in found:
+        shutil.copy2(new, folder / new.name)
 
 
 def _precision() -> str:
