@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 
-BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 30_000, "pairs": 12_000, "triples": 12_000, "drawings": 2_000}
+BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 30_000, "pairs": 30_000, "triples": 12_000, "drawings": 2_000}
 """Records of each book, beside those of its validation part."""
 
 HELD_OUT = 300
