@@ -18,6 +18,7 @@ from PIL import Image
 from reasonedit.reasonedit_core.errors import ConfigError, DataError
 from reasonedit.tests.benchmark_tools import LAYOUTS, DrawnJudge, prepared, save
 from reasonedit.tests.label_tools import QUICK
+from reasonedit.training.data.label.annotators import Answer
 from reasonedit.training.eval.benchmarks import compare
 from reasonedit.training.eval.benchmarks.aggregate import headline
 from reasonedit.training.eval.benchmarks.generate import take_in
@@ -148,6 +149,20 @@ def test_languages_are_not_mixed(tmp_path):
     assert headline("gedit", scores)["n"] == 4 and scores["intersection"]["O"]["n"] == 3
 
 
+def test_official_faults_are_repeated_where_there_are_any_and_named(tmp_path):
+    class Mute(DrawnJudge):
+        def answer(self, question, dropped):
+            return Answer("Good.") if question.prompt.step == "gedit-SC" else super().answer(question, dropped)
+
+    _, plain = scored("gedit", tmp_path / "a", "a", 100, Choice(lang="en"), judge=Mute())
+    _, guessed = scored("gedit", tmp_path / "b", "a", 100, Choice(lang="en", quirks=True), judge=Mute())
+    assert headline("gedit", plain)["n_scored"] == 0 and headline("gedit", guessed)["n_scored"] == 4
+    assert plain["answers"] == {"unparsed": 5, "ok": 5}
+    assert "with official faults" in markdown(make_table({"b": guessed}, references=False))
+    with pytest.raises(ConfigError, match="no fault of kris"):
+        scored("kris", tmp_path / "c", "a", 100, Choice(quirks=True))
+
+
 def test_pixels_are_measured_once_and_anew_for_another_picture(tmp_path, monkeypatch):
     from reasonedit.training.eval.benchmarks import pixels
 
@@ -212,6 +227,8 @@ def test_agreement_of_judges():
     assert flat["spearman"] is None and flat["kappa"] is None and flat["equal"] == 1
     with pytest.raises(DataError, match="both judges"):
         compare.agree(rows(None), rows(1))
+    with pytest.raises(DataError, match="the same run"):  # another picture of the same item
+        compare.agree(rows(1), [{**row, "edited": "y"} for row in rows(1)])
 
 
 def test_kappa_and_rank_correlation_are_those_of_scipy_and_of_the_textbook():

@@ -138,6 +138,8 @@ def _score(commands: Any) -> None:
     add("--missing", choices=("skip", "zero", "error"), default="skip", help="what an item without a picture counts as (skip)")
     add("--no-clamp", dest="clamp", action="store_false", help="ImgEdit: marks may exceed the first one, as in its script")
     add("--quirks", choices=("official",), help="repeat the faults of the official script, to compare with it only")
+    add("--clip", type=Path, metavar="DIR", help="a CLIP on this disk, for CLIP-T, CLIP-I and CLIP-dir")
+    add("--dino", type=Path, metavar="DIR", help="a DINO or DINOv2 on this disk")
     add("--no-pixels", dest="pixels", action="store_false", help="do not measure differences of pixels")
 
 

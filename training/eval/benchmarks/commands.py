@@ -149,7 +149,12 @@ def run_score(args: argparse.Namespace) -> int:
     folders = [args.folder / "judged" / args.judged] if args.judged else sorted((args.folder / "judged").glob("*"))
     if not folders:
         raise ConfigError(f"{args.folder}: expected judgements below judged/, found none. Run `reasonedit-eval judge` first.")
-    choice = Choice(args.aggregate, args.lang, args.missing, args.clamp, bool(args.quirks), args.pixels)
+    clip = dino = None
+    if args.clip or args.dino:
+        from .embeddings import Clip, Dino
+
+        clip, dino = args.clip and Clip(args.clip), args.dino and Dino(args.dino)
+    choice = Choice(args.aggregate, args.lang, args.missing, args.clamp, bool(args.quirks), args.pixels, clip, dino)
     for folder in folders:
         told = score_judged(manifest, args.folder, folder, choice)
         row = headline(manifest.bench, told)

@@ -76,18 +76,22 @@ def agree(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> lis
     """Two judges' rows, mark by mark: n, Spearman's rank correlation, quadratic weighted kappa, bias (mean of b - a), and the
     share of equal marks. Figures that the marks do not determine (one judge always says the same) are None.
 
-    DataError where no mark was given by both.
+    Only marks of the very same picture are held together. DataError where no mark was given by both.
     """
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    left = {(row["item"], row["role"], row.get("anchor")): row["marks"] for row in a if row["marks"]}
+    left = {_asked(row): row["marks"] for row in a if row["marks"]}
     for row in b:
-        marks = left.get((row["item"], row["role"], row.get("anchor")))
+        marks = left.get(_asked(row))
         if marks and row["marks"]:
             for name in marks.keys() & row["marks"].keys():
                 found.setdefault((row["role"], name), []).append((marks[name], row["marks"][name]))
     if not found:
-        raise DataError("expected marks that both judges gave, found none. Let both judge the same items.")
+        raise DataError("expected marks that both judges gave, found none. Let both judge the same run.")
     return [_agreement(role, name, pairs) for (role, name), pairs in sorted(found.items())]
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["item"], row["role"], row.get("anchor"), row.get("edited")
 
 
 def _agreement(role: str, name: str, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def _agreement(role: str, name: str, pairs: Sequence[tuple[int, int]]) -> dict[s
 
 def weighted_kappa(x: np.ndarray, y: np.ndarray) -> float | None:
     """Cohen's kappa with quadratic weights: 1 - mean (x - y)^2 / the same over all pairings of the two; None for 0 / 0."""
-    chance = float(((x[:, None] - y[None, :]) ** 2).mean())
+    chance = float(x.var() + y.var() + (x.mean() - y.mean()) ** 2)
     return None if chance == 0 else 1 - float(((x - y) ** 2).mean()) / chance
 
 

@@ -151,6 +151,7 @@ async def _row(runner: Runner, manifest: Manifest, protocol: Protocol, annotator
     inputs = inputs_of(task.item, question)
     row: dict[str, Any] = {"item": task.item.id, "role": task.role, "call": task.call, "anchor": task.anchor}
     try:
+        row["edited"] = shown(task.edited).sha256
         pictures = pictures_of(manifest, protocol, task)
         key = key_of(question.step, f"{question.id}+{question.digest}", annotator.name, inputs, pictures)
         reply, entry = await runner.ask(task.item.id, question, inputs, pictures, annotator)

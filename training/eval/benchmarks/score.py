@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ....reasonedit_core.files import write_json, write_whole
@@ -21,15 +21,22 @@ from .judges import read_rows
 from .marks import HEADLINE, ItemScore, Options, score_item, worst
 from .outputs import OUTPUTS, find_output
 
+if TYPE_CHECKING:
+    from .embeddings import Encoder, TextEncoder
+
 SCORES, PIXELS = "scores.json", "pixels.jsonl"
 
 MISSING = ("skip", "zero", "error")
 """What a missing picture counts as: no score (shown as n_scored/n), the worst score, or an error."""
 
+QUIRKS = ("gedit", "imgedit", "rise")
+"""Benchmarks of whose official scripts a fault in scoring can be repeated."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """aggregate: name of a rule, None for the protocol's; lang: of GEdit's two; missing: one of MISSING."""
+    """aggregate: name of a rule, None for the protocol's; lang: of GEdit's two; missing: one of MISSING; clip, dino:
+    backbones of the metrics that need one."""
 
     aggregate: str | None = None
     lang: str | None = None
@@ -37,6 +44,8 @@ class Choice:
     clamp: bool = True
     quirks: bool = False
     pixels: bool = True
+    clip: TextEncoder | None = None
+    dino: Encoder | None = None
 
 
 def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) -> dict[str, Any]:
@@ -53,6 +62,10 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
     items = _in_one_language([item for item in manifest.items if item.id in asked], choice.lang)
     name = choice.aggregate or about["aggregate"]
     rule = rule_of(name, manifest.bench)
+    if choice.quirks and manifest.bench not in QUIRKS:
+        raise ConfigError(
+            f"--quirks: expected gedit, imgedit or rise, as no fault of {manifest.bench} is repeated. Leave it out."
+        )
     free = any(item.flags.get("consistency_free") for item in items)
     options = Options(choice.clamp, choice.quirks, free)
     scored = _scored(items, rows, options, choice.missing)
@@ -71,6 +84,7 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
         **summarise(rule, scored),
         "intersection": _intersection(rule, scored),
         "pixels": _pixel_means(pictures.values()),
+        "features": _features(manifest, run, items, choice),
         "anchors": {anchor: _anchor(rule, manifest, rows, anchor, options) for anchor in ANCHORS},
         "items": [
             {"item": item.id, "group": item.group, "metrics": {key: list(values) for key, values in score.metrics.items()}}
@@ -150,6 +164,14 @@ def _intersection(rule, scored: Sequence[tuple[Item, ItemScore]]) -> dict[str, A
     """GEdit: the same on items that every closed model of the paper answered."""
     own = [each for each in scored if each[0].flags.get("intersection")]
     return summarise(rule, own)["overall"] if own else None
+
+
+def _features(manifest: Manifest, run: Path, items: Sequence[Item], choice: Choice) -> dict[str, Any] | None:
+    if choice.clip is None and choice.dino is None:
+        return None
+    from .embeddings import measure_features
+
+    return measure_features(manifest, run, items, choice.clip, choice.dino)
 
 
 def _about(folder: Path) -> dict[str, Any]:

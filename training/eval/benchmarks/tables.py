@@ -51,7 +51,7 @@ COLUMNS: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """values: by key of COLUMNS; facts: judge, protocol, n and so on, empty for a published row; source: its tag, None for
+    """values: by key of COLUMNS; facts: judge, protocol, n and so on, hardly any for a published row; source: its tag, None for
     ours."""
 
     name: str
@@ -69,7 +69,7 @@ class Table:
     remarks: tuple[str, ...]
 
 
-FACTS = ("95 % interval", "n", "bounds", "zeros", "no-op", "rounds", "seconds", "judge", "protocol", "aggregate")
+FACTS = ("95 % interval", "n", "bounds", "zeros", "no-op", "rounds", "seconds", "judge", "protocol", "aggregate", "backbones")
 
 
 def make_table(runs: Mapping[str, Mapping[str, Any]], references: bool) -> Table:
@@ -79,8 +79,14 @@ def make_table(runs: Mapping[str, Mapping[str, Any]], references: bool) -> Table
         raise ConfigError(f"expected runs of one benchmark, found {' and '.join(benches) or 'none'}. Report them one by one.")
     (bench,) = benches
     ours = [Row(name, values_of(scores), _facts(scores)) for name, scores in runs.items()]
-    published = [Row(each["model"], each["values"], {}, each["source"]) for each in published_rows(bench)] if references else []
+    published = [_published(each) for each in published_rows(bench)] if references else []
     return Table(bench, (*ours, *published), tuple(_remarks(runs, published)))
+
+
+def _published(told: Mapping[str, Any]) -> Row:
+    """KRIS rows say which aggregation their overall follows, as far as one does."""
+    rule = {"aggregate": "neither" if told["rule"] == "none" else told["rule"]} if "rule" in told else {}
+    return Row(told["model"], told["values"], rule, told["source"])
 
 
 def values_of(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -94,6 +100,8 @@ def values_of(scores: Mapping[str, Any]) -> dict[str, float]:
         key = next((key for key, _ in COLUMNS[bench] if key == block.lower() or key == f"{block.lower()}_reasoning"), None)
         if key and main in metrics:
             found[key] = metrics[main]["mean"]
+    if scores.get("features") and "clip_t" in scores["features"]:
+        found["clip"] = scores["features"]["clip_t"]["mean"]
     return {key: found[key] for key, _ in COLUMNS[bench] if found.get(key) is not None}
 
 
@@ -109,6 +117,10 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
         "no-op": f"{100 * pixels['no_op_rate']:.1f} %" if pixels else "",
     }
     facts |= {name: f"{run[name]['mean']:.2f}" for name in ("rounds", "seconds") if run.get(name)}
+    if scores.get("features"):
+        facts["backbones"] = ", ".join(
+            f"{each['name']} ({each['sha256'][:8]})" for each in scores["features"]["backbones"].values()
+        )
     if row["mean"] is not None:
         facts["95 % interval"] = f"[{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     if row["n_scored"] < row["n"]:
