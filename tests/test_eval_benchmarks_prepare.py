@@ -149,6 +149,12 @@ def test_export_gives_what_import_takes(bench, tmp_path):
     for item in manifest.items[1:]:
         ours, theirs = (find_output(tmp_path / run / OUTPUTS, item).read_bytes() for run in ("run", "again"))
         assert ours == theirs
+    other = manifest.sources(manifest.items[0])[0].read_bytes()
+    find_output(tmp_path / "out", manifest.items[1]).write_bytes(
+        other
+    )  # imported again, a new picture takes the old one's place
+    take_in(manifest, tmp_path / "out", tmp_path / "again", "theirs")
+    assert find_output(tmp_path / "again" / OUTPUTS, manifest.items[1]).read_bytes() == other
 
 
 def test_a_folder_of_another_layout_is_refused_with_an_example(tmp_path):

@@ -206,8 +206,10 @@ def take_in(manifest: Manifest, folder: Path, run: Path, name: str) -> Generated
 
     _claim(run, manifest, Importer(), Job(run))  # type: ignore[arg-type]
     for item in manifest.items:
-        if item.id in taken.found and find_output(run / OUTPUTS, item) is None:
-            keep_output(run, item, as_png(taken.found[item.id]))
+        if item.id in taken.found:
+            png, there = as_png(taken.found[item.id]), find_output(run / OUTPUTS, item)
+            if there is None or there.read_bytes() != png:
+                keep_output(run, item, png)
     return Generated(len(taken.found), 0, dict.fromkeys(taken.missing, "missing: no picture in the folder"))
 
 
