@@ -14,7 +14,7 @@ import re
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from reasonedit.reasonedit_core import files
 from reasonedit.reasonedit_core.reasoners.endpoint import Endpoint
 from reasonedit.training.data.label import journal
 from reasonedit.training.data.label.annotators import Question, Refused, shown
-from reasonedit.training.data.label.prompts import load_prompts
+from reasonedit.training.data.label.prompts import Prompt, load_prompts
 from reasonedit.training.data.label.runner import Limits
 
 PROMPTS = {**load_prompts("thinking_pairs"), **load_prompts("reflection_triples")}
@@ -34,11 +34,18 @@ _VALUE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
 class FakeServer:
     """annotator: answers the questions; behave: (number of the request, its question) -> what goes wrong, None for nothing.
 
-    asked: the questions that came, in order. Pictures that came are kept in `folder`.
+    asked: the questions that came, in order. Pictures that came are kept in `folder`. prompts: of which it is asked, by step.
     """
 
-    def __init__(self, annotator: Any, folder: Path, behave: Callable[[int, Question], str | None] | None = None) -> None:
+    def __init__(
+        self,
+        annotator: Any,
+        folder: Path,
+        behave: Callable[[int, Question], str | None] | None = None,
+        prompts: Mapping[str, Prompt] = PROMPTS,
+    ) -> None:
         self.annotator, self.folder, self.behave = annotator, folder, behave or (lambda number, question: None)
+        self.prompts = prompts
         self.asked: list[Question] = []
         self.payloads: list[dict] = []
         self.headers: list[dict] = []
@@ -79,7 +86,7 @@ class FakeServer:
         )
 
     def _question(self, payload: dict) -> Question:
-        prompt = PROMPTS[payload["response_format"]["json_schema"]["name"]]
+        prompt = self.prompts[payload["response_format"]["json_schema"]["name"]]
         content = payload["messages"][1]["content"]
         told = dict(_VALUE.findall(content[-1]["text"]))
         pictures = []

@@ -1,6 +1,7 @@
-"""The command `reasonedit-eval`: tables of what trained systems are worth.
+"""The command `reasonedit-eval`: tables of what systems are worth, in the miniature world and on published benchmarks.
 
-Exit codes: 0 done; 1 `check` found a table below what it is held against; 2 an error, told in a sentence or two; 130 stopped
+Exit codes: 0 done; 1 `check` found a table below what it is held against, `generate` has items without a picture, or the
+question that `doctor` tried had no answer; 2 an error, told in a sentence or two; 130 stopped
 by Ctrl-C. Torch is imported inside the commands, so that `--help` answers at once.
 """
 
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from ...reasonedit_core.cli import DTYPES, explain, whole
 from ...reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
+from .benchmarks.cli import add_commands
 
 EXIT_BELOW, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for add in (_add_miniature, _add_check):
         add(commands)
+    add_commands(commands)
     return parser
 
 

@@ -1,0 +1,231 @@
+"""`scores.json` of one judge: a function of the rows, the manifest and the options, and of nothing else but the pictures'
+differences to their sources, which it keeps beside."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....reasonedit_core.errors import ConfigError, DataError
+from ....reasonedit_core.files import write_json, write_whole
+from ...data.label.annotators import shown
+from .aggregate import rule_of, summarise
+from .generate import run_facts
+from .items import Item, Manifest
+from .judge import ABOUT, ANCHORS, JUDGEMENTS
+from .judges import read_rows
+from .marks import HEADLINE, ItemScore, Options, score_item, worst
+from .outputs import OUTPUTS, find_output
+
+if TYPE_CHECKING:
+    from .embeddings import Encoder, TextEncoder
+
+SCORES, PIXELS = "scores.json", "pixels.jsonl"
+
+MISSING = ("skip", "zero", "error")
+"""What a missing picture counts as: no score (shown as n_scored/n), the worst score, or an error."""
+
+QUIRKS = ("gedit", "imgedit", "rise")
+"""Benchmarks of whose official scripts a fault in scoring can be repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """aggregate: name of a rule, None for the protocol's; lang: of GEdit's two; missing: one of MISSING; clip, dino:
+    backbones of the metrics that need one."""
+
+    aggregate: str | None = None
+    lang: str | None = None
+    missing: str = "skip"
+    clamp: bool = True
+    quirks: bool = False
+    pixels: bool = True
+    clip: TextEncoder | None = None
+    dino: Encoder | None = None
+
+
+def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) -> dict[str, Any]:
+    """The scores of a folder that `judge` wrote; also written there as scores.json.
+
+    Raises ConfigError for choices that do not fit, DataError for rows of another manifest, and for missing pictures with
+    `missing="error"`.
+    """
+    about = _about(folder)
+    if about["manifest"] != manifest.sha256:
+        raise DataError(f"{folder}: expected judgements of {manifest.folder}, found those of another manifest. Judge it again.")
+    rows = read_rows(folder / JUDGEMENTS)
+    asked = {row["item"] for row in rows if row.get("anchor") is None}
+    items = _in_one_language([item for item in manifest.items if item.id in asked], choice.lang)
+    name = choice.aggregate or about["aggregate"]
+    rule = rule_of(name, manifest.bench)
+    if choice.quirks and manifest.bench not in QUIRKS:
+        raise ConfigError(
+            f"--quirks: expected gedit, imgedit or rise, as no fault of {manifest.bench} is repeated. Leave it out."
+        )
+    free = any(item.flags.get("consistency_free") for item in items)
+    options = Options(choice.clamp, choice.quirks, free)
+    scored = _scored(items, rows, options, choice.missing)
+    pictures = measure(manifest, run, items) if choice.pixels else {}
+    told = {
+        **{key: about[key] for key in ("bench", "protocol", "prompts", "judge", "endpoint", "questions", "manifest")},
+        "aggregate": name,
+        "lang": choice.lang or items[0].lang,
+        "quirks": "official" if choice.quirks else None,
+        "clamp": choice.clamp if manifest.bench == "imgedit" else None,
+        "missing": choice.missing,
+        "run": run_facts(run, [item.id for item in items]),
+        "answers": dict(Counter(row["status"] for row in rows if row.get("anchor") is None)),
+        "n_clamped": sum(score.clamped for _, score in scored),
+        "headline": HEADLINE[manifest.bench],
+        **summarise(rule, scored),
+        "intersection": _intersection(rule, scored),
+        "pixels": _pixel_means(pictures.values()),
+        "features": _features(manifest, run, items, choice),
+        "anchors": {anchor: _anchor(rule, manifest, rows, anchor, options) for anchor in ANCHORS},
+        "items": [
+            {"item": item.id, "group": item.group, "metrics": {key: list(values) for key, values in score.metrics.items()}}
+            for item, score in scored
+        ],
+    }
+    write_json(folder / SCORES, told)
+    return told
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """A scores.json, of a folder of judgements or of the only one of a run. ConfigError where there is none, or several."""
+    paths = (
+        [path] if path.is_file() else [path / SCORES] if (path / SCORES).is_file() else sorted(path.glob(f"judged/*/{SCORES}"))
+    )
+    if len(paths) != 1:
+        found = "none" if not paths else "several: " + ", ".join(each.parent.name for each in paths)
+        raise ConfigError(
+            f"{path}: expected a run with one {SCORES}, found {found}. Score it, or name the folder below judged/."
+        )
+    try:
+        told = json.loads(paths[0].read_text(encoding="utf-8"))
+        if not {"bench", "judge", "overall", "items"} <= told.keys():
+            raise ValueError("keys are missing")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{paths[0]}: expected scores, found none ({error}). Run `reasonedit-eval score` again.") from error
+    return told | {"path": str(paths[0])}
+
+
+# ---- items -----------------------------------------------------------------------------------------------------------------
+
+
+def _in_one_language(items: Sequence[Item], lang: str | None) -> list[Item]:
+    if not items:
+        raise DataError("expected judgements of items of the manifest, found none. Run `reasonedit-eval judge` first.")
+    languages = sorted({item.lang for item in items})
+    if lang is None and len(languages) > 1:
+        raise ConfigError(
+            f"--lang: expected one of {', '.join(languages)}, as their scores are not mixed, found none. Name one."
+        )
+    own = [item for item in items if lang in (None, item.lang)]
+    if not own:
+        raise ConfigError(f"--lang: expected one of {', '.join(languages)}, found {lang!r}. Correct it.")
+    return own
+
+
+def _scored(items: Sequence[Item], rows: Sequence[Mapping[str, Any]], options: Options, missing: str) -> list:
+    marks, absent = _marks(rows, None), {row["item"] for row in rows if row["status"] == "missing"}
+    if missing == "error" and absent:
+        some = ", ".join(sorted(absent)[:5])
+        raise DataError(
+            f"expected a picture for every item, found none for {len(absent)}: {some}. Generate them, or --missing."
+        )
+    lost = absent if missing == "zero" else ()
+    return [
+        (item, worst(item, options) if item.id in lost else score_item(item, marks.get(item.id, {}), options)) for item in items
+    ]
+
+
+def _marks(rows: Sequence[Mapping[str, Any]], anchor: str | None) -> dict[str, dict[str, Mapping[str, int] | None]]:
+    found: dict[str, dict[str, Mapping[str, int] | None]] = {}
+    for row in rows:
+        if row.get("anchor") == anchor and row["role"] is not None:
+            found.setdefault(row["item"], {})[row["role"]] = row["marks"]
+    return found
+
+
+def _anchor(
+    rule, manifest: Manifest, rows: Sequence[Mapping[str, Any]], anchor: str, options: Options
+) -> dict[str, Any] | None:
+    marks = _marks(rows, anchor)
+    scored = [(item, score_item(item, marks[item.id], options)) for item in manifest.items if item.id in marks]
+    return summarise(rule, scored)["overall"] if scored else None
+
+
+def _intersection(rule, scored: Sequence[tuple[Item, ItemScore]]) -> dict[str, Any] | None:
+    """GEdit: the same on items that every closed model of the paper answered."""
+    own = [each for each in scored if each[0].flags.get("intersection")]
+    return summarise(rule, own)["overall"] if own else None
+
+
+def _features(manifest: Manifest, run: Path, items: Sequence[Item], choice: Choice) -> dict[str, Any] | None:
+    if choice.clip is None and choice.dino is None:
+        return None
+    from .embeddings import measure_features
+
+    return measure_features(manifest, run, items, choice.clip, choice.dino)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: expected what `reasonedit-eval judge` writes, found none ({error}). Judge the run."
+        ) from error
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------------
+
+
+def measure(manifest: Manifest, run: Path, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
+    """item -> how its picture differs from its (first) source, brought to the source's size. Kept in pixels.jsonl of the run,
+    and measured anew only where a picture is another one."""
+    from . import pixels
+
+    path = run / PIXELS
+    known = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            known[row["item"]] = row
+    found = {}
+    for item in items:
+        edited = find_output(run / OUTPUTS, item)
+        if edited is None:
+            continue
+        a, b = shown(manifest.sources(item)[0]), shown(edited)
+        row = known.get(item.id)
+        if row is None or [row["source"], row["edited"]] != [a.sha256, b.sha256]:
+            one, two = pixels.read_picture(a.path), pixels.read_picture(b.path, a.size)
+            row = {"item": item.id, "source": a.sha256, "edited": b.sha256, "size": list(b.size), **pixels.compare(one, two)}
+        found[item.id] = row
+    if {**known, **found} != known:
+        lines = [json.dumps(row, ensure_ascii=False) for row in {**known, **found}.values()]
+        write_whole(path, "".join(line + "\n" for line in lines).encode())
+    return found
+
+
+def _pixel_means(rows: Any) -> dict[str, Any] | None:
+    from .pixels import NO_OP
+
+    rows = list(rows)
+    if not rows:
+        return None
+    told: dict[str, Any] = {
+        "n": len(rows),
+        "no_op_below": NO_OP,
+        "no_op_rate": sum(row["l1"] <= NO_OP for row in rows) / len(rows),
+    }
+    for name in ("l1", "psnr", "ssim", "shift"):
+        values = [row[name] for row in rows if row[name] is not None]
+        told[name] = sum(values) / len(values) if values else None
+    return told
