@@ -15,6 +15,7 @@ from .sockets import EditorHandle, Lora, ReasonerHandle, Script
 
 DTYPES = (AUTO, "bfloat16", "float16", "float32")
 WEIGHTS = (AUTO, "full", "fp8")
+ATTENTION = (AUTO, "interval", "sdpa", "reference")
 VARIANTS = (AUTO, "v1.2", "v1.1", "v1.0")
 
 
@@ -31,10 +32,11 @@ def load_editor(
     weights_dtype: str,
     variant: str,
     loras: Sequence[Lora] = (),
+    attention: str = AUTO,
 ) -> tuple[EditorHandle, ReasonerHandle | None]:
     """The editor, and the reasoner that its own MLLM is; None where that has no lm_head.
 
-    loras: each goes to the transformer, the MLLM or both, as its keys say.
+    loras: each goes to the transformer, the MLLM or both, as its keys say. attention: what computes that of the transformer.
     """
     from dataclasses import replace
 
@@ -56,6 +58,7 @@ def load_editor(
             variant=variant,
             weights_dtype=weights_dtype,
             parts=parts,
+            attention=attention,
             **_common(dialogue, dtype, loras),
         )
     )
@@ -267,6 +270,15 @@ class LoadEditor(io.ComfyNode):
                     "LoRAs from the LoRA node: of the transformer, the MLLM, or both. One of the MLLM acts on editing and on "
                     "the output reasoner alike; for the reasoner alone wire it to Load Reasoner."
                 ),
+                io.Combo.Input(
+                    "attention",
+                    list(ATTENTION),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="What computes the attention of the transformer. auto takes the best that can run; interval (our "
+                    "own kernels, CUDA), sdpa (PyTorch) and reference (slow) are taken as named. A change loads the model "
+                    "again.",
+                ),
             ],
             outputs=[
                 EditorSocket.Output("editor", display_name="editor", tooltip="For Edit and Auto Loop."),
@@ -288,9 +300,11 @@ class LoadEditor(io.ComfyNode):
         return folders.fingerprint([*map(locate, named), *([pack] if isinstance(pack, Path) else [])])
 
     @classmethod
-    def execute(cls, checkpoint, text_encoder, vae, dialogue, dtype, weights_dtype, variant, loras=None) -> io.NodeOutput:
+    def execute(
+        cls, checkpoint, text_encoder, vae, dialogue, dtype, weights_dtype, variant, loras=None, attention=AUTO
+    ) -> io.NodeOutput:
         """Load."""
-        how = {"dialogue": dialogue, "dtype": dtype, "weights_dtype": weights_dtype, "variant": variant}
+        how = {"dialogue": dialogue, "dtype": dtype, "weights_dtype": weights_dtype, "variant": variant, "attention": attention}
         editor, reasoner = load_editor(checkpoint, text_encoder, vae, **how, loras=loras or ())
         if editor.notes:
             host.Watch(cls.hidden).show("\n".join(editor.notes))

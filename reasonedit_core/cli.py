@@ -25,6 +25,7 @@ POLICIES = ("reasonedit", "released")
 SCORES = ("lazy", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VARIANTS = ("auto", "v1.0", "v1.1", "v1.2")
+ATTENTION = ("auto", "interval", "sdpa", "reference")
 MAX_SEED = 2**63 - 1
 
 
@@ -140,7 +141,7 @@ def run_edit(args: argparse.Namespace) -> int:
     tell: Callable[[str], None] = (lambda text: None) if args.quiet else say
     run = {"image": str(args.image), "references": [str(path) for path in args.reference], "system": args.system}
     run |= {"policy": args.policy, "scores": "lazy" if lazy else "always", "reasoner": args.reasoner}
-    run |= {"device": device.type, "dtype": dtype}
+    run |= {"device": device.type, "dtype": dtype, "attention": args.attention}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
     spec = SystemSpec(
         system=args.system,
@@ -157,6 +158,7 @@ def run_edit(args: argparse.Namespace) -> int:
         weights_dtype=args.weights_dtype,
         variant=args.variant,
         seed=args.seed,
+        attention=args.attention,
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
@@ -354,6 +356,7 @@ def _add_edit(commands) -> None:
     add("--reasoner-lora", **several, help="the same for the MLLM of --reasoner qwen:DIR")
     add("--offload", choices=("none", "component", "block"), default="none", help="what waits in main memory until its turn")
     add("--weights-dtype", choices=("auto", "fp8"), default="auto", help="fp8: keep the DiT's weights in 8 bits")
+    add("--attention", choices=ATTENTION, default="auto", help="what computes the DiT's attention (auto: the best that can)")
     add("--variant", choices=VARIANTS, default="auto", help="of Step1X single files, whose keys do not tell v1.1 from v1.2")
 
 

@@ -17,6 +17,7 @@ import torch
 from .detect import QWEN, STEP1X
 from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
+from .kernels import chosen
 from .loop import POLICIES
 from .mini.models import MINIS, mini_folder
 from .parts import Parts, can_speak, find_parts, read_schedule
@@ -59,7 +60,8 @@ class SystemSpec:
     MLLM of a `qwen:DIR`. draft_loras: at most one, onto the DiT, which only drafts see; ReasonEdit-Q then drafts with the
     schedule of Lightning LoRAs. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models
     folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`;
-    weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`.
+    weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`. attention: "auto", or the backend of every attention of
+    the DiT, one of `kernels.chosen.names()`.
     """
 
     system: str
@@ -81,6 +83,7 @@ class SystemSpec:
     tokenizer: Path | None = None
     reasoner_loras: Loras = ()
     draft_loras: Loras = ()
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
         raise ConfigError(f"expected a policy out of {', '.join(POLICIES)}, found {spec.policy!r}.")
     if spec.dtype not in ("auto", *DTYPES):
         raise ConfigError(f"expected a dtype out of auto, {', '.join(DTYPES)}, found {spec.dtype!r}.")
+    dtype, device, _ = _placement(spec)
+    chosen.check(spec.attention, device, dtype)  # before minutes of loading, not in the middle of an edit
     return SYSTEMS[spec.system](spec, _Progress(on_progress))
 
 
@@ -213,6 +218,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     transformer, variant, report = load_step1x_transformer(
         parts.transformer, dtype=dtype, device=home, variant=wanted, weights_dtype=spec.weights_dtype
     )
+    chosen.check(spec.attention, device, dtype, _head_dims(transformer.config))
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
     sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
@@ -234,7 +240,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     codec = KLCodec(vae)
     generator = FlowGenerator(
         conditioner,
-        Step1XDenoiser(transformer, variant, counts=counts),
+        Step1XDenoiser(transformer, variant, counts=counts, backend=spec.attention),
         codec,
         read_schedule(parts, flow.STEP1X),
         geometry=Step1XGeometry(variant, settings.multiple, codec.patch),
@@ -269,6 +275,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     transformer, report = load_qwen_transformer(
         parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
     )
+    chosen.check(spec.attention, device, dtype, _head_dims(transformer.config))
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
     sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
@@ -286,7 +293,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     codec = QwenCodec(vae)
     generator = FlowGenerator(
         conditioner,
-        QwenImageDenoiser(transformer, counts=counts),
+        QwenImageDenoiser(transformer, counts=counts, backend=spec.attention),
         codec,
         flow.LIGHTNING if settings.schedule == "lightning" else read_schedule(parts, flow.QWEN),
         geometry=QwenGeometry(plus, settings.condition_area, settings.multiple, codec.patch),
@@ -474,6 +481,12 @@ def _placement(spec: SystemSpec) -> tuple[torch.dtype, torch.device, torch.devic
     device = choose_device(spec.device)
     stays = spec.offload == "none" and spec.make_mover is None
     return DTYPES[choose_dtype(spec.dtype, device)], device, device if stays else torch.device("cpu")
+
+
+def _head_dims(config: Mapping[str, Any]) -> set[int]:
+    """Of all attention in a DiT: its blocks, and the connector where it has one."""
+    connector = {config["connector_hidden_size"] // config["connector_heads_num"]} if "connector_heads_num" in config else set()
+    return {config["attention_head_dim"], *connector}
 
 
 def _vae_dtype(dtype: torch.dtype) -> torch.dtype:

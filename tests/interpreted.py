@@ -17,6 +17,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
 from reasonedit.reasonedit_core import kernels  # noqa: E402
 from reasonedit.reasonedit_core.kernels import trial, triton_attention, triton_ops  # noqa: E402
 from reasonedit.reasonedit_core.packing import PackMask  # noqa: E402
+from reasonedit.tests import attention_cases  # noqa: E402
 from reasonedit.tests import kernel_cases as cases  # noqa: E402
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -277,6 +278,15 @@ def test_k5_trial_passes_here_and_fails_where_a_kernel_is_wrong(monkeypatch):
     monkeypatch.setattr(triton_attention, "backward", wrong)
     told = trial.run("interval backward", "triton", device)
     assert told.startswith("its test failed: the gradient of k with intervals is off by")
+
+
+@pytest.mark.parametrize("system", attention_cases.SYSTEMS)
+def test_chosen_interval_is_sdpa_to_rounding(system):
+    """A whole DiT on K5, in half precision."""
+    ours, sdpa = (attention_cases.velocities(system, name, torch.float16) for name in ("interval", "sdpa"))
+    for case, wanted in sdpa.items():
+        apart = (ours[case].float() - wanted.float()).norm() / wanted.float().norm()
+        assert 0 < apart < 2e-3, (case, float(apart))
 
 
 def test_k5_operators_satisfy_torch():

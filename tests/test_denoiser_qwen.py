@@ -142,7 +142,7 @@ def test_timestep_is_rounded_as_the_pipelines_round_it():
 
 
 def test_runs_through_our_dispatch_and_counts(monkeypatch):
-    from reasonedit.reasonedit_core.models import qwen_attention
+    from reasonedit.reasonedit_core.kernels import dispatch
 
     hosts = []
 
@@ -151,7 +151,7 @@ def test_runs_through_our_dispatch_and_counts(monkeypatch):
         assert q.shape == k.shape == v.shape == (1, TEXT + 24, 2, 16)
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(qwen_attention, "attention", spy)
+    monkeypatch.setattr(dispatch, "attention", spy)
     counts, host = Counts(), object()
     denoiser = QwenImageDenoiser(make_transformer(), counts=counts, host=host)
     grid, latents, _ = make_inputs("no reference")

@@ -62,7 +62,8 @@ class _Prepared:
 class Step1XDenoiser:
     """One velocity prediction of the Step1X-Edit DiT.
 
-    variant: v1.0, v1.1 or v1.2. host: attention function of a host application, if it shall be used.
+    variant: v1.0, v1.1 or v1.2. host: attention function of a host application, if it shall be used. backend: "auto", or the
+    kernel backend that computes every attention in its place (`kernels.attend_with`).
     """
 
     kind: Literal["velocity"] = "velocity"
@@ -74,13 +75,14 @@ class Step1XDenoiser:
         *,
         counts: Counts | None = None,
         host: Run | None = None,
+        backend: str = "auto",
     ) -> None:
         if variant not in VARIANTS:
             raise ConfigError(f"expected a Step1X-Edit variant out of {', '.join(VARIANTS)}, found {variant!r}")
         self.transformer = transformer
         self.variant = VARIANTS[variant]
         self.counts = counts or Counts()
-        self.host = host
+        self.host, self.backend = host, backend
         self._prepared: list[_Prepared] = []
 
     @torch.no_grad()
@@ -118,6 +120,7 @@ class Step1XDenoiser:
             rope=prepared.rope,
             # A host's attention is only promised as many queries as keys.
             host=self.host if rows is None else None,
+            backend=self.backend,
             keep=keep,
             rows=rows,
         )
@@ -140,7 +143,7 @@ class Step1XDenoiser:
             conditioning,
             grids,
             latents.dtype,
-            self.transformer.prepare_text(tokens, mask, embeds, text_mask, host=self.host),
+            self.transformer.prepare_text(tokens, mask, embeds, text_mask, host=self.host, backend=self.backend),
             self.transformer.rope(_all_positions(positions, image_positions(grids, self.variant.reference))),
             None if self.variant.pads_seen else _joint_mask(mask, n_image),
         )

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..kernels import attend_with
 from ..kernels.dispatch import Run
 from ..models.keyvalues import KeyValues
-from ..models.qwen_attention import attend_with
 from ..models.qwen_packed import enable_packs
 from ..models.streams import BATCH, SAMPLES, Batch, Samples, last_norm
 from ..types import Conditioning, Counts, LatentImage
@@ -60,17 +60,20 @@ class QwenImageDenoiser:
     """One velocity prediction of a Qwen-Image transformer.
 
     transformer: a `QwenImageTransformer2DModel` of an editing checkpoint; its modules are used, its forward is ours.
-    host: attention function of a host application, if it shall be used.
+    host: attention function of a host application, if it shall be used. backend: "auto", or the kernel backend that computes
+    every attention in its place (`kernels.attend_with`).
     """
 
     kind: Literal["velocity"] = "velocity"
 
-    def __init__(self, transformer: nn.Module, *, counts: Counts | None = None, host: Run | None = None) -> None:
+    def __init__(
+        self, transformer: nn.Module, *, counts: Counts | None = None, host: Run | None = None, backend: str = "auto"
+    ) -> None:
         check_config(transformer.config)
         enable_packs(transformer)
         self.transformer = transformer
         self.counts = counts or Counts()
-        self.host = host
+        self.host, self.backend = host, backend
         self._prepared: list[_Prepared] = []
 
     @torch.no_grad()
@@ -118,7 +121,7 @@ class QwenImageDenoiser:
         rows (n,): sequence (B, n, C) is these rows of the target alone, all of them modulated by the timestep.
         """
         # A host's attention is only promised as many queries as keys.
-        net, attend = self.transformer, attend_with(self.host if rows is None else None)
+        net, attend = self.transformer, attend_with(self.host if rows is None else None, self.backend)
         layout, rope = prepared.layout if rows is None else BATCH, prepared.rope
         image = net.img_in(sequence)
         text = net.txt_in(net.txt_norm(tokens))

@@ -1,5 +1,6 @@
 """Kernels behind one dispatch. Callers import names from here and never a backend module."""
 
+from .chosen import attend_with
 from .cross_entropy import head_cross_entropy, linear_cross_entropy
 from .dispatch import BACKENDS, Backend, Refused, attention, explain, select
 from .mask import Intervals, Mask
@@ -13,6 +14,7 @@ __all__ = [
     "Intervals",
     "Mask",
     "Refused",
+    "attend_with",
     "attention",
     "explain",
     "gate_norm_modulate",

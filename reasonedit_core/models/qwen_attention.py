@@ -7,21 +7,13 @@ Legend: B batch, T text tokens, N picture tokens (target, then references), L = 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
-from ..kernels import Heads, Mask, attention, has_kernel
-from ..kernels.dispatch import Run
+from ..kernels import Heads, Mask, has_kernel
 from .connector import Attend
 from .keyvalues import fused_heads
 from .streams import Layout, Packed
-
-
-def attend_with(host: Run | None) -> Attend:
-    """Attention of the dispatch with a host application's attention bound; None lets the dispatch choose."""
-    return partial(attention, host=host)
 
 
 def joint_attention(

@@ -11,7 +11,6 @@ numerics by rounding only; elsewhere it rounds where the release does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels import Heads, Mask, attention, has_kernel
+from ..kernels import Heads, Mask, attend_with, has_kernel
 from ..kernels.dispatch import Run
 from .connector import Attend, ConnectorState, Step1XConnector
 from .halves import project_halves
@@ -252,7 +251,7 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_embeds (B, T, M) and text_mask (B, T): MLLM input embeddings of quoted characters; without
         `text_token_mapping` they are not looked at.
         """
-        attend = partial(attention, host=host, backend=backend)
+        attend = attend_with(host, backend)
         state = self.connector.prepare(encoder_hidden_states, encoder_mask, attend)
         mapped = None
         if self.text_token_mapping is not None and text_embeds is not None:
@@ -289,12 +288,12 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_hidden_states (B, T, M) with encoder_mask, text_embeds and text_mask as for `prepare_text`, or what that
         returned. txt_ids (T, 3) or (B, T, 3) and img_ids (N, 3) or (B, N, 3), or `rope`.
         joint_mask (B, 1, 1 | L, L) bool, True where a query may see a key; without it padded text takes part, as in
-        v1.0 and v1.1. host, backend: see `kernels.attention`.
+        v1.0 and v1.1. host, backend: see `kernels.attend_with`.
 
         keep: takes the keys and values of all blocks. With rows (n,) as well, hidden_states (B, n, in_channels) are these rows
         of the image tokens of an earlier forward, whose keys and values `keep` holds; `rope` is still of all L rows.
         """
-        attend = partial(attention, host=host, backend=backend)
+        attend = attend_with(host, backend)
         state = self._text_state(encoder_hidden_states, encoder_mask, text_embeds, text_mask, host, backend)
         tokens = self.connector.refine(state.connector, timestep, attend)
         if state.mapped is not None:
