@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -72,3 +74,78 @@ def padded(features: Features, regions: int = 2, objects: int = 2, text: int = 3
         geometry=longer(features.geometry, regions),
         region_keep=longer(features.region_keep, regions),
     )
+
+
+def write_llava(folder: Path, seed: int = 0, **language) -> Path:
+    """A tiny LLaVA in transformers' layout: 56 pixels, 4 x 4 tokens, byte-level tokenizer of the Llama kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
+
+    special = ["<s>", "</s>", "<pad>", "<image>"]
+    vocab = {token: n for n, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    own = Tokenizer(models.BPE(vocab, []))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=["<image>"]
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
+        ),
+        text_config=LlamaConfig(
+            **{
+                "vocab_size": len(vocab),
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                **language,
+            }
+        ),
+        image_token_id=3,
+        vision_feature_layer=-2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return folder
+
+
+def write_text_encoder(folder: Path, width: int = 24, seed: int = 0) -> tuple[Path, Path]:
+    """A tiny CLIP text encoder and its tokenizer, as the folders text_encoder and tokenizer of a diffusers pipeline."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from reasonedit.reasonedit_core.mini.tokenizer import byte_tokens
+
+    letters = [*byte_tokens(), *(f"{token}</w>" for token in byte_tokens()), "<|startoftext|>", "<|endoftext|>"]
+    place = folder / "tokenizer"
+    place.mkdir(parents=True)
+    (place / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(letters)}))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    eos = "<|endoftext|>"
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": eos}
+    (place / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": eos, "pad_token": eos}))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(letters),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                bos_token_id=len(letters) - 2,
+                eos_token_id=len(letters) - 1,
+                pad_token_id=len(letters) - 1,
+            )
+        ).save_pretrained(folder / "text_encoder")
+    return folder / "text_encoder", place
