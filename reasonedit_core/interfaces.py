@@ -2,7 +2,8 @@
 
 A `Speaker` answers one rendered query (in process, over HTTP, or from a script). A `Reasoner` is a role made of a dialogue
 pack and a speaker. A `Conditioner` turns picture and instruction into `Conditioning`; a `Denoiser` predicts a velocity (or
-noise) under it; a `Codec` is the VAE with its normalisation. A `Generator` owns the last three.
+noise) under it; a `Codec` is the VAE with its normalisation. A `Generator` owns the last three. A `Segmenter` and an
+`ObjectExtractor` find what the cues of ReasonBrain are made of.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .types import (
     Conditioning,
     Edited,
     EditRequest,
+    FoundMasks,
     LatentImage,
     OnStep,
     OnText,
@@ -168,6 +170,25 @@ class Codec(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (1, 3, h, w) in -1..1 (not clamped)."""
+        ...
+
+
+class Segmenter(Protocol):
+    """Masks of what is in a picture, for the region branch of ReasonBrain."""
+
+    name: str
+    """Which provider and weights: part of the key under which masks are kept."""
+
+    def segment(self, image: torch.Tensor) -> FoundMasks:
+        """image: (1, 3, H, W) in 0..1."""
+        ...
+
+
+class ObjectExtractor(Protocol):
+    """The names of what an instruction is about, for the ID controller of ReasonBrain."""
+
+    def extract(self, instruction: str, image: torch.Tensor | None = None) -> list[str]:
+        """Names in order of appearance, none twice; empty where nothing was found."""
         ...
 
 

@@ -167,7 +167,8 @@ class Conditioning:
 
     tokens (B, T, D) text-side states; mask (B, T) bool or None when every token is valid; positions (T, 3) float ids of the
     text tokens where the denoiser wants them; text_embeds (B, T, D) and text_mask (B, T): MLLM input embeddings of quoted
-    characters (Step1X v1.2); pooled (B, P); reference, residual: further inputs of the UNet systems.
+    characters (Step1X v1.2); pooled (B, P). residual: of ReasonBrain, what is added behind the denoiser's first layer: maps
+    (B, c, g, g) and vectors (B, c). reference: latents of the source, where a host hands them in here.
     """
 
     tokens: torch.Tensor
@@ -178,6 +179,15 @@ class Conditioning:
     pooled: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     residual: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundMasks:
+    """What a segmenter found. masks (N, H, W) bool; iou, stability (N,) float in 0..1, how sure it is of each."""
+
+    masks: torch.Tensor
+    iou: torch.Tensor
+    stability: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

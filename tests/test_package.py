@@ -33,7 +33,7 @@ ORDER = (
     {"detect", "fp8", "keymaps"},
     {"lora_keys", "mini", "parts"},
     {"mllm", "models"},
-    {"weights", "lora", "drafter"},
+    {"weights", "lora", "drafter", "segmenters"},
     {"conditioners", "denoisers", "reasoners"},
     {"generator", "loop"},
     {"geometry", "region_options", "report"},

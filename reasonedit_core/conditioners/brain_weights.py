@@ -1,0 +1,92 @@
+"""The trained part of a ReasonBrain on disk: `brain.safetensors` with every trained tensor, and `lora/`, a PEFT folder.
+
+Keys: `brain.` FRCE, assembler, QFormer, CME; `ia.` LLaVA's projector; `denoiser.` what was trained of the denoiser.
+The metadata holds widths and switches, so that the modules can be built from the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..mllm.llava import Llava
+from ..models.reasonbrain.brain import ReasonBrain
+from ..models.reasonbrain.spec import BrainSpec, Switches
+from ..weightfiles import read_metadata, read_state
+
+FILE, LORA, NOTE = "brain.safetensors", "lora", "reasonbrain"
+
+
+def trained_tensors(brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by its key. Of the denoiser those that require a gradient."""
+    # Asked of the parameters: the tensors of a state_dict never require a gradient.
+    found = {f"brain.{name}": p for name, p in brain.named_parameters()}
+    found |= {f"ia.{name}": p for name, p in llava.projector.named_parameters()}
+    if denoiser is not None:
+        found |= {f"denoiser.{name}": p for name, p in denoiser.named_parameters() if p.requires_grad}
+    return found
+
+
+def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
+    """Write all that was trained into `folder`. The LoRA is written where LLaVA has one."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = trained_tensors(brain, llava, denoiser)
+    note = {"spec": asdict(brain.spec), "switches": asdict(brain.switches), "img_tokens": list(llava.img_names)}
+    state = {key: p.detach().cpu().contiguous().clone() for key, p in tensors.items()}
+    save_file(state, folder / FILE, metadata={"format": "pt", NOTE: json.dumps(note)})
+    if llava.peft is not None:
+        llava.save_lora(folder / LORA)
+
+
+def build_brain(folder: str | Path) -> ReasonBrain:
+    """The modules a checkpoint was made of, with widths and switches from its metadata; no weights yet. CheckpointError."""
+    file = Path(folder) / FILE
+    try:
+        note = json.loads(read_metadata(file)[NOTE])
+        spec = {**note["spec"], "taps": tuple(note["spec"]["taps"])}
+        return ReasonBrain(BrainSpec(**spec), Switches(**note["switches"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{file}: expected the metadata `{NOTE}` with widths and switches, found {error}. Name a folder of save_brain."
+        ) from error
+
+
+@torch.no_grad()
+def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
+    """Fill the modules from `folder`, and LLaVA's LoRA where the folder has one.
+
+    Strict: CheckpointError names what is missing, unknown or of another shape, and then nothing has been changed.
+    """
+    folder = Path(folder)
+    state = read_state(folder / FILE)
+    own: dict[str, Tensor] = trained_tensors(brain, llava, None)
+    if denoiser is not None:
+        names = dict(denoiser.named_parameters())
+        own |= {f"denoiser.{n}": p for n, p in names.items() if p.requires_grad or f"denoiser.{n}" in state}
+    faults = key_report(state, own)
+    if faults:
+        raise CheckpointError(
+            f"{folder / FILE}: expected {len(own)} tensors, found {len(state)}, of which {len(faults)} do not fit: "
+            f"{'; '.join(faults[:8])}. Build the modules with build_brain and hand in the denoiser that was trained."
+        )
+    if (folder / LORA).is_dir():
+        llava.load_lora(folder / LORA)
+    for key, p in own.items():
+        p.copy_(state[key])
+
+
+def key_report(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What of `state` does not fit `own`, a phrase per key; empty where all does."""
+    faults = [f"{key} is missing" for key in own if key not in state]
+    faults += [f"{key} is unknown" for key in state if key not in own]
+    both = (key for key in own if key in state and own[key].shape != state[key].shape)
+    return faults + [f"{key} is {(*state[key].shape,)} and not {(*own[key].shape,)}" for key in both]

@@ -1,0 +1,164 @@
+"""The chain of ReasonBrain: FRCE -> LLaVA with its [IMG] tokens -> QFormer -> CME, as a conditioner and for training.
+
+What the frozen encoders see (`features`) is apart from what is trained (`run`), so that training may keep the former.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from ..interfaces import ObjectExtractor, Segmenter
+from ..mllm.llava import Llava
+from ..models.reasonbrain.assembler import assemble
+from ..models.reasonbrain.brain import ReasonBrain
+from ..models.reasonbrain.cme import Enhanced
+from ..models.reasonbrain.frce import Features
+from ..segmenters.regions import Regions, batch_regions, select_regions
+from ..types import Conditioning
+from .text_states import TextStates
+
+
+@dataclass(frozen=True, slots=True)
+class BrainOutput:
+    """enhanced: what the denoiser is given. logits (B, r, vocabulary) at the places before each [IMG] token, or None."""
+
+    enhanced: Enhanced
+    logits: Tensor | None = None
+
+
+class ReasonBrainConditioner:
+    """Picture + instruction -> conditioning of the denoiser.
+
+    segmenter: needed where the region branch is on and no regions are handed in. extractor: names the objects where none are
+    handed in; without one, or when it finds nothing, the whole instruction is the one object.
+    Raises CheckpointError when the widths of the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        brain: ReasonBrain,
+        llava: Llava,
+        text: TextStates,
+        *,
+        segmenter: Segmenter | None = None,
+        extractor: ObjectExtractor | None = None,
+    ) -> None:
+        _check_widths(brain, llava, text)
+        self.brain = brain
+        self.llava = llava
+        self.text = text
+        self.segmenter = segmenter
+        self.extractor = extractor
+
+    def objects_of(self, instruction: str, image: Tensor | None = None) -> list[str]:
+        """The names that stand for this instruction, for a user to see and correct; never empty.
+
+        Raises ConfigError for an instruction without words.
+        """
+        if not instruction.strip():
+            raise ConfigError("expected an instruction, found an empty one. Write what shall be seen.")
+        found = self.extractor.extract(instruction, image) if self.extractor is not None else []
+        return found or [instruction.strip()]
+
+    def regions_of(self, image: Tensor) -> Regions:
+        """The regions of image (1, 3, H, W). Raises ConfigError without a segmenter."""
+        if self.segmenter is None:
+            raise ConfigError(
+                "expected a segmenter or regions for the region branch, found neither. Name the folder of a SAM, use the grid "
+                "segmenter, hand in masks, or load a model whose region branch is off."
+            )
+        return select_regions(self.segmenter.segment(image), self.llava.grid)
+
+    def features(
+        self,
+        pictures: Tensor,
+        instructions: Sequence[str],
+        *,
+        objects: Sequence[Sequence[str]] | None = None,
+        regions: Sequence[Regions] | None = None,
+    ) -> Features:
+        """What the frozen encoders see, without gradients: pictures (B, 3, H, W) in 0..1, B instructions.
+
+        objects, regions: one entry per picture; None finds them.
+        """
+        if pictures.shape[0] != len(instructions):
+            raise ConfigError(f"expected an instruction per picture, found {pictures.shape[0]} and {len(instructions)}.")
+        switches = self.brain.switches
+        with torch.no_grad():
+            look = self.llava.look(pictures, self.brain.spec.taps)
+            text, text_keep = self.text.states(instructions)
+            features = Features(look.image, look.taps, text, text_keep)
+            if switches.cues:
+                if objects is None:
+                    objects = [self.objects_of(h, p[None]) for h, p in zip(instructions, pictures, strict=True)]
+                vectors, keep = self.text.names(objects)
+                features = replace(features, objects=vectors, object_keep=keep)
+            if switches.region_branch:
+                regions = regions if regions is not None else [self.regions_of(p[None]) for p in pictures]
+                masks, geometry, keep = batch_regions(regions)
+                features = replace(features, masks=masks, geometry=geometry, region_keep=keep)
+        own = next(self.brain.parameters())
+        return features.to(own.device, own.dtype)
+
+    def run(self, features: Features, instructions: Sequence[str], *, logits: bool = False) -> BrainOutput:
+        """Eq. 3 and the enhancer, with gradients where the caller allows them. logits: also what eq. A1 needs."""
+        count = len(instructions)
+        cues = self.brain.cues(features)
+        prompts = [self.llava.prompt(instruction) for instruction in instructions]
+        before, after = (self.llava.embed([prompt[n] for prompt in prompts]) for n in (0, 1))
+        queries = self.llava.embed([self.llava.img_ids] * count)
+        projector = self.llava.projector
+        image = projector(features.image.to(next(projector.parameters()).dtype))
+        seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+        row = assemble([before, (image, seen), *self.brain.parts(cues), after, queries])
+        states, said = self.llava.run(*row, logits=logits)
+        own = next(self.brain.parameters())
+        return BrainOutput(self.brain.enhance(states.to(own.dtype), features, cues), said)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        image: Tensor | None,
+        instruction: str,
+        *,
+        grid: tuple[int, int] | None = None,
+        references: Sequence[Tensor] = (),
+        released: bool = False,
+        objects: Sequence[str] | None = None,
+        regions: Regions | None = None,
+    ) -> Conditioning:
+        """image (1, 3, H, W) in 0..1. grid and released belong to the seam and change nothing here.
+
+        Raises ConfigError without a picture and with references, which ReasonBrain has no place for.
+        """
+        if image is None or references:
+            raise ConfigError(f"expected one picture to edit, found {0 if image is None else 1 + len(references)}.")
+        features = self.features(
+            image,
+            [instruction],
+            objects=None if objects is None else [objects],
+            regions=None if regions is None else [regions],
+        )
+        return as_conditioning(self.run(features, [instruction]).enhanced)
+
+
+def as_conditioning(enhanced: Enhanced) -> Conditioning:
+    """The four outputs in the form of the seam: context as tokens, map and vector as residuals."""
+    return Conditioning(
+        tokens=enhanced.context, residual=tuple(x for x in (enhanced.map, enhanced.vector) if x is not None) or None
+    )
+
+
+def _check_widths(brain: ReasonBrain, llava: Llava, text: TextStates) -> None:
+    found = {**llava.widths, "text": text.width, "img_tokens": len(llava.img_names)}
+    faults = [f"{k} is {getattr(brain.spec, k)} and not {v}" for k, v in found.items() if getattr(brain.spec, k) != v]
+    if faults:
+        raise CheckpointError(
+            f"expected a ReasonBrain for this LLaVA and text encoder, found one whose {', '.join(faults)}. Load it with the "
+            "parts it was trained on, or build it with their widths."
+        )
