@@ -64,7 +64,8 @@ def build_brain(folder: str | Path) -> ReasonBrain:
 def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
     """Fill the modules from `folder`, and LLaVA's LoRA where the folder has one.
 
-    Strict: CheckpointError names what is missing, unknown or of another shape, and then nothing has been changed.
+    Strict: CheckpointError names what is missing, unknown or of another shape; then no tensor has been copied, though a LoRA
+    that could not be read may be attached, still empty.
     """
     folder = Path(folder)
     state = read_state(folder / FILE)

@@ -69,8 +69,8 @@ class ReasonBrainConditioner:
         """The regions of image (1, 3, H, W). Raises ConfigError without a segmenter."""
         if self.segmenter is None:
             raise ConfigError(
-                "expected a segmenter or regions for the region branch, found neither. Name the folder of a SAM, use the grid "
-                "segmenter, hand in masks, or load a model whose region branch is off."
+                "expected a segmenter or regions for the region branch, found neither. Hand in regions (`select_regions` of "
+                "`user_masks`), or load a model whose region branch is off."
             )
         return select_regions(self.segmenter.segment(image), self.llava.grid)
 

@@ -1,1 +1,1 @@
-"""Masks of what is in a picture: SAM, SAM 2, kept masks, a grid, or the user's own; and their selection for ReasonBrain."""
+"""Regions of a picture: selected from masks, of a segmenter or the user's own, for ReasonBrain."""
