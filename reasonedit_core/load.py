@@ -17,7 +17,6 @@ import torch
 from .detect import QWEN, STEP1X
 from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
-from .kernels import chosen
 from .loop import POLICIES
 from .mini.models import MINIS, mini_folder
 from .parts import Parts, can_speak, find_parts, read_schedule
@@ -133,7 +132,7 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
     if spec.dtype not in ("auto", *DTYPES):
         raise ConfigError(f"expected a dtype out of auto, {', '.join(DTYPES)}, found {spec.dtype!r}.")
     dtype, device, _ = _placement(spec)
-    chosen.check(spec.attention, device, dtype)  # before minutes of loading, not in the middle of an edit
+    _check_attention(spec, device, dtype)  # before minutes of loading, not in the middle of an edit
     return SYSTEMS[spec.system](spec, _Progress(on_progress))
 
 
@@ -218,7 +217,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     transformer, variant, report = load_step1x_transformer(
         parts.transformer, dtype=dtype, device=home, variant=wanted, weights_dtype=spec.weights_dtype
     )
-    chosen.check(spec.attention, device, dtype, _head_dims(transformer.config))
+    _check_attention(spec, device, dtype, _head_dims(transformer.config))
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
     sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
@@ -275,7 +274,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     transformer, report = load_qwen_transformer(
         parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
     )
-    chosen.check(spec.attention, device, dtype, _head_dims(transformer.config))
+    _check_attention(spec, device, dtype, _head_dims(transformer.config))
     lora_notes = _apply_loras(spec.loras, mllm, transformer)
     sketching = _draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
@@ -481,6 +480,14 @@ def _placement(spec: SystemSpec) -> tuple[torch.dtype, torch.device, torch.devic
     device = choose_device(spec.device)
     stays = spec.offload == "none" and spec.make_mover is None
     return DTYPES[choose_dtype(spec.dtype, device)], device, device if stays else torch.device("cpu")
+
+
+def _check_attention(spec: SystemSpec, device: torch.device, dtype: torch.dtype, head_dims: set[int] | None = None) -> None:
+    """Raise where the named backend cannot compute the DiT's attention."""
+    # Here and not above: it brings torch's compiler in, which makes its scratch folder as soon as it is imported.
+    from .kernels import chosen
+
+    chosen.check(spec.attention, device, dtype, *(() if head_dims is None else (head_dims,)))
 
 
 def _head_dims(config: Mapping[str, Any]) -> set[int]:
