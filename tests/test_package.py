@@ -289,6 +289,10 @@ def test_the_loader_of_systems_imports_neither_transformers_nor_diffusers():
     names = "('load', 'loop', 'report', 'run')"
     code = f"import importlib; [importlib.import_module('some_odd-name.reasonedit_core.' + n) for n in {names}]"
     assert loaded_by(code) & HEAVY == set()
+    # Its import makes a folder among the temporary files; `reasonedit-train` says before where that may lie.
+    unwanted = "import sys; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", f"{BARE}{code}; {unwanted}", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource.getrusage")
