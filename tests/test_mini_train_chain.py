@@ -82,6 +82,35 @@ def test_links_that_were_made_elsewhere_are_taken_where_none_are(tmp_path, monke
         Chain("mini-s", out, links=tmp_path / "nothing").make("vae")
 
 
+@pytest.mark.parametrize(
+    "known,chosen", [({"avx2": True}, "auto"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")]
+)
+def test_bfloat16_is_taken_where_the_processor_has_it(monkeypatch, known, chosen):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
+    assert chain._precision() == chosen
+
+
+def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Chain, "_recipe_run", lambda self, recipe, *more: ran.append(recipe) or 0)
+    made = Chain("mini-q", tmp_path)
+    links = (made._words, made._scenes, made._base, made._edits)
+    assert [link() for link in links] == [0] * 4 and ran == ["words", "scenes", "base", "edits"]
+    ran.clear()
+    for run in ("scenes", "mini-q-edits"):
+        (tmp_path / "runs" / run / f"{run}_merged").mkdir(parents=True)
+    assert [link() for link in links] == [0] * 4 and ran == ["scenes", "edits"]  # these two see for themselves
+
+
+def test_a_run_without_weights_is_no_part_of_a_checkpoint(tmp_path):
+    (tmp_path / "blank/mini-s/text_encoder").mkdir(parents=True)
+    (tmp_path / "blank/mini-s/text_encoder/old.safetensors").write_bytes(b"old")
+    with pytest.raises(ConfigError, match="expected the weights of a run in .*scenes_merged"):
+        Chain("mini-s", tmp_path)._checkpoint("mllm", "mini-s", mllm="scenes")
+    assert not (tmp_path / "mllm").exists()
+
+
 def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     merged = tmp_path / "merged"
     merged.mkdir()

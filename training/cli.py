@@ -8,64 +8,36 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ..reasonedit_core.cli import whole
-from ..reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
+from ..reasonedit_core.cli import explain, whole
+from .program import EXIT_ERROR, Parser, printable, run_program
 
 FORMATS = ("comfyui", "peft", "merged")
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
-            stream.reconfigure(errors="backslashreplace")
-    debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
-    ours, spoken = logging.getLogger(__package__.partition(".")[0]), _Spoken()
-    level = ours.level
-    ours.addHandler(spoken)
-    try:
-        args = build_parser().parse_args(argv)
-        debug = debug or args.debug
-        ours.setLevel(logging.DEBUG if debug else logging.WARNING if args.quiet else logging.INFO)
-        return args.run(args)
-    except KeyboardInterrupt:
-        say("stopped")
-        return EXIT_INTERRUPTED
-    except Interrupted as error:
-        say(f"stopped: {error}")
-        return EXIT_INTERRUPTED
-    except ReasonEditError as error:
-        if debug:
-            raise
-        say(f"error: {error}")
-        return EXIT_ERROR
-    except Exception as error:
-        words = None if debug else _explain(error)
-        if words is None:
-            raise
-        say(f"error: {words}")
-        return EXIT_ERROR
-    finally:
-        ours.removeHandler(spoken)
-        ours.setLevel(level)
+    return run_program(
+        build_parser,
+        argv,
+        lambda args: args.run(args),
+        say,
+        level=lambda args: logging.WARNING if args.quiet else logging.INFO,
+        stopped="stopped",
+        explain=_explain,
+        handler=_Spoken(),
+    )
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on stderr. Text of records must not move the cursor."""
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    print(f"reasonedit-train: {shown}", file=sys.stderr, flush=True)
+    """A line for the person at the terminal, on stderr."""
+    print(f"reasonedit-train: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _explain(error: BaseException) -> str | None:
-    from ..reasonedit_core.cli import explain
-
     words = explain(error)
     if words and type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
         return (
@@ -85,8 +57,8 @@ class _Spoken(logging.Handler):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(prog="reasonedit-train", description="Train ReasonEdit: reasoning, editing, both; LoRA or all weights.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Parser(prog="reasonedit-train", description="Train ReasonEdit: reasoning, editing, both; LoRA or all weights.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     adders = (_add_init, _add_check, _add_convert, _add_index, _add_cache, _add_plan, _add_run, _add_resume)
     for add in (*adders, _add_validate, _add_sample, _add_export, _add_mini):
         add(commands)
@@ -216,16 +188,6 @@ def _snapshot(args: argparse.Namespace):
 
 
 # ---- options -------------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the whole usage; no abbreviated options, which break when options are added."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
 
 
 def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:

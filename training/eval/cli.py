@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ...reasonedit_core.cli import DTYPES, explain, whole
-from ...reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
+from ...reasonedit_core.cli import DTYPES, whole
+from ..program import Parser, printable, run_program
 from .benchmarks.cli import add_commands
 
-EXIT_BELOW, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_BELOW = 1
 
 TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 GROUPS = ("all", "concrete", "abstract", "factual", "conceptual", "procedural")
@@ -27,49 +25,19 @@ GROUPS = ("all", "concrete", "abstract", "factual", "conceptual", "procedural")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
-            stream.reconfigure(errors="backslashreplace")
-    debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
-    ours = logging.getLogger(__package__.partition(".")[0])
-    level = ours.level
-    try:
-        args = build_parser().parse_args(argv)
-        debug = debug or args.debug
-        # a reply that cannot be read is a warning elsewhere; here it is counted
-        ours.setLevel(logging.DEBUG if debug else logging.ERROR)
-        return args.run(args)
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return EXIT_INTERRUPTED
-    except Interrupted as error:
-        say(f"stopped: {error}")
-        return EXIT_INTERRUPTED
-    except ReasonEditError as error:
-        if debug:
-            raise
-        say(f"error: {error}")
-        return EXIT_ERROR
-    except Exception as error:
-        words = None if debug else explain(error)
-        if words is None:
-            raise
-        say(f"error: {words}")
-        return EXIT_ERROR
-    finally:
-        ours.setLevel(level)
+    # a reply that cannot be read is a warning elsewhere; here it is counted
+    return run_program(build_parser, argv, lambda args: args.run(args), say, level=lambda args: logging.ERROR)
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on stderr. What a model wrote must not move the cursor."""
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    print(f"reasonedit-eval: {shown}", file=sys.stderr, flush=True)
+    """A line for the person at the terminal, on stderr."""
+    print(f"reasonedit-eval: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A further command is one more function in the list."""
-    parser = _Parser(prog="reasonedit-eval", description="Measure what ReasonEdit's systems are worth.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Parser(prog="reasonedit-eval", description="Measure what ReasonEdit's systems are worth.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for add in (_add_miniature, _add_check):
         add(commands)
     add_commands(commands)
@@ -99,16 +67,6 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 # ---- options -------------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the whole usage; no abbreviated options, which break when options are added."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
 
 
 def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:

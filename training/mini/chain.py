@@ -327,13 +327,12 @@ def _swap_weights(folder: Path, trained: Path) -> None:
 
 
 def _precision() -> str:
-    """bfloat16 on CPUs with instructions for its products (AMX, AVX512-BF16), where it is the quicker one and these networks
-    learn as well; without them it is many times slower than float32, so there the choice is left to the engine."""
+    """bfloat16 on CPUs where it is the quicker one, as these networks learn as well in it; else the engine's own choice."""
     import torch
 
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    quick = not torch.cuda.is_available() and (known.get("amx_bf16") or known.get("avx512_bf16"))
-    return "bfloat16" if quick else "auto"
+    from .muon import quick_bfloat16
+
+    return "bfloat16" if not torch.cuda.is_available() and quick_bfloat16(torch.device("cpu")) else "auto"
 
 
 def _whole(place: Path, build: Callable[[Path], object]) -> None:

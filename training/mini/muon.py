@@ -23,8 +23,8 @@ class Muon(torch.optim.Optimizer):
     """Tensors of two dimensions or more, as matrices (first dimension, rest), by Muon; the others by Adam.
 
     momentum: Nesterov's, of Muon. betas, eps: of Adam. adam: names of groups that are Adam's whole, as tables of embeddings
-    should be: few of their rows have a gradient in one step. precision: what the iterations are computed in; bfloat16 is
-    enough where it is quick.
+    should be: few of their rows have a gradient in one step. precision: what the iterations are computed in; auto: bfloat16,
+    which is enough, where it is quick, else float32.
     """
 
     def __init__(
@@ -60,7 +60,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         state["momentum"].lerp_(parameter.grad, 1 - table["momentum"])
         ahead = torch.lerp(parameter.grad, state["momentum"], table["momentum"])
-        dtype = getattr(torch, table["precision"])
+        name = table["precision"]
+        if name == "auto":
+            name = "bfloat16" if quick_bfloat16(parameter.device) else "float32"
+        dtype = getattr(torch, name)
         return orthogonal(ahead.reshape(len(ahead), -1), dtype).view_as(parameter)
 
     def _vector(self, parameter: Tensor, table: dict[str, Any]) -> Tensor:
@@ -74,6 +77,13 @@ class Muon(torch.optim.Optimizer):
         state["second"].lerp_(parameter.grad.square(), 1 - second)
         size = (state["second"] / (1 - second ** state["step"])).sqrt_() + table["eps"]
         return state["first"] / (1 - first ** state["step"]) / size
+
+
+def quick_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are quicker than in float32: on accelerators, and on CPUs with instructions for them (AMX,
+    AVX512-BF16). On others they are many times slower."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type != "cpu" or bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,68 +8,34 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ....reasonedit_core.cli import DTYPES, explain, real, whole
-from ....reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
-
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+from ....reasonedit_core.cli import DTYPES, real, whole
+from ...program import Parser, printable, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its code instead of a traceback
-            stream.reconfigure(errors="backslashreplace")
-    debug = os.environ.get("REASONEDIT_DEBUG", "0") not in ("", "0")
-    ours = logging.getLogger(__package__.partition(".")[0])
-    level = ours.level
-    try:
-        args = build_parser().parse_args(argv)
-        debug = debug or args.debug
-        ours.setLevel(logging.DEBUG if debug else logging.WARNING)
-        from . import commands
+    return run_program(build_parser, argv, _run, say, level=lambda args: logging.WARNING)
 
-        return getattr(commands, args.run)(args)
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return EXIT_INTERRUPTED
-    except Interrupted as error:
-        say(f"stopped: {error}")
-        return EXIT_INTERRUPTED
-    except ReasonEditError as error:
-        if debug:
-            raise
-        say(f"error: {error}")
-        return EXIT_ERROR
-    except Exception as error:
-        words = None if debug else explain(error)
-        if words is None:
-            raise
-        say(f"error: {words}")
-        return EXIT_ERROR
-    finally:
-        ours.setLevel(level)
+
+def _run(args: argparse.Namespace) -> int:
+    from . import commands
+
+    return getattr(commands, args.run)(args)
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on stderr. What a model wrote must not move the cursor."""
+    """A line for the person at the terminal, on stderr."""
     print(f"reasonedit-data: {printable(text)}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """`text` with codes in the place of characters that a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A further pipeline is one more function in the list."""
-    parser = _Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for add in (_add_thinking_pairs, _add_reflection_triples, _add_from_traces, _add_feedback, _add_mini_seeds):
         add(commands)
     return parser
@@ -78,16 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- options -------------------------------------------------------------------------------------------------------------
 
 KEY_VARIABLE = "REASONEDIT_APIKEY_VARIABLE"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing the whole usage; no abbreviated options, which break when options are added."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (`{self.prog} --help` lists the options)")
 
 
 def _command(commands, name: str, words: str, run: str) -> argparse.ArgumentParser:

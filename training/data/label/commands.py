@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
-from .cli import EXIT_ERROR, KEY_VARIABLE, printable, say
+from ...program import EXIT_ERROR, printable
+from .cli import KEY_VARIABLE, say
 
 if TYPE_CHECKING:
     from .session import Session

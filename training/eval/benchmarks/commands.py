@@ -12,9 +12,9 @@ from typing import Any
 
 from ....reasonedit_core.errors import ConfigError
 from ....reasonedit_core.files import write_json, write_whole
-from ...data.label.cli import printable
 from ...data.label.output import Prices
 from ...data.label.runner import Limits
+from ...program import printable
 from .cli import named_run
 from .items import COUNTS, Item, Manifest, chosen, read_manifest
 
