@@ -6,10 +6,20 @@ from pathlib import Path
 import pytest
 
 from reasonedit.reasonedit_core.errors import ConfigError
+from reasonedit.reasonedit_core.mini.models import MINIS
 from reasonedit.training.config_file import make_config, read_recipe
 from reasonedit.training.mini import chain, finish
 from reasonedit.training.mini.card import write_card
-from reasonedit.training.mini.chain import BETWEEN, REASONING, RECIPES, Chain
+from reasonedit.training.mini.chain import (
+    BETWEEN,
+    EDITOR_LEGS,
+    MLLM_LEGS,
+    MLLM_RUN,
+    REASONING,
+    RECIPES,
+    TOGETHER,
+    Chain,
+)
 from reasonedit.training.mini.finish import write_finished
 from reasonedit.training.stages import plan_stages
 
@@ -91,16 +101,30 @@ def test_bfloat16_is_taken_where_the_processor_has_it(monkeypatch, known, chosen
     assert chain._precision() == chosen
 
 
+@pytest.mark.parametrize("system", MINIS)
+def test_every_leg_begins_with_what_one_before_it_leaves(system):
+    legs = {leg.run: leg for leg in (*MLLM_LEGS, *EDITOR_LEGS[system])}
+    seen = []
+    for leg in legs.values():
+        assert (RECIPES / f"{leg.recipe}.toml").is_file() and leg.run in (leg.recipe, f"{leg.system}-{leg.recipe}")
+        assert {leg.mllm, leg.dit} - {None} <= set(seen)
+        assert leg.dit is None or legs[leg.dit].system == leg.system, "a DiT goes on as the same DiT"
+        seen.append(leg.run)
+    assert [leg.run for leg in legs.values() if leg.recipe == TOGETHER] == [MLLM_RUN] == [MLLM_LEGS[-1].run]
+    assert {leg.mllm for leg in EDITOR_LEGS[system]} == {MLLM_RUN} and EDITOR_LEGS[system][-1].system == system
+
+
 def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(Chain, "_recipe_run", lambda self, recipe, *more: ran.append(recipe) or 0)
+    monkeypatch.setattr(Chain, "_recipe_run", lambda self, recipe, name, *more: ran.append(name) or 0)
     made = Chain("mini-q", tmp_path)
-    links = (made._words, made._scenes, made._base, made._edits)
-    assert [link() for link in links] == [0] * 4 and ran == ["words", "scenes", "base", "edits"]
-    ran.clear()
-    for run in ("scenes", "mini-q-edits"):
+    legs = (*MLLM_LEGS, *EDITOR_LEGS["mini-q"])
+    assert [made._leg(leg) for leg in legs] == [0] * len(legs) and ran == [leg.run for leg in legs]
+    for run, left in (("mini-s-edits", 5), (MLLM_RUN, 4), ("mini-q-details", 2)):
         (tmp_path / "runs" / run / f"{run}_merged").mkdir(parents=True)
-    assert [link() for link in links] == [0] * 4 and ran == ["scenes", "edits"]  # these two see for themselves
+        ran.clear()
+        assert [made._leg(leg) for leg in legs] == [0] * len(legs) and len(ran) == left, run
+    assert ran == [MLLM_RUN, "mini-q-details"]  # these two see for themselves that they have ended
 
 
 def test_a_run_without_weights_is_no_part_of_a_checkpoint(tmp_path):

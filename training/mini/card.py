@@ -13,13 +13,21 @@ from ...reasonedit_core.mini.models import MINIS
 from ...reasonedit_core.weightfiles import read_shapes
 from ..log import LOG, read_log
 from .books import BOOK_FILE
+from .chain import EDITOR_LEGS, MLLM_LEGS, REASONING
 
 CARD = "README.md"
 TABLES = "tables"
 
 _PARTS = {"text_encoder": "MLLM", "transformer": "DiT and connector", "vae": "VAE"}
 _OF = {"mini-s": "Step1X-Edit v1.2", "mini-q": "Qwen-Image-Edit-2509"}
-_BASES = {"words": "base MLLM", "scenes": "base MLLM, second run", "base": "base editor", "edits": "base editor, second run"}
+_RUNS = {
+    "words": "base MLLM",
+    "scenes": "base MLLM, second run",
+    "base": "base editor",
+    "edits": "base editor, second run",
+    "together": "base MLLM and base editor together",
+    "details": "base editor, last run",
+}
 _TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 
 _HEAD = """---
@@ -43,8 +51,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
     reasonedit-train mini --system {name} --out DIR
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
-(base MLLM), `reasoning.toml` (the paper's first stage), `base.toml` and `edits.toml` (base editor) and `{recipe}.toml` (the
-second and the third stage)."""
+(base MLLM), `base.toml`, `edits.toml`, `together.toml` and `details.toml` (base editor, and the base MLLM with it),
+`reasoning.toml` (the paper's first stage) and `{recipe}.toml` (the second and the third stage)."""
 
 _MEASURED = """## Measured
 
@@ -104,10 +112,13 @@ def _records(out: Path) -> str:
 def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
-    for run in ("words", "scenes", "reasoning", f"{system}-base", f"{system}-edits", system):
+    legs = {leg.run: leg for leg in (*MLLM_LEGS, *EDITOR_LEGS[system])}
+    for run in (*legs, REASONING, system):
+        others = legs[run].system if run in legs and legs[run].dit and legs[run].system != system else None
         for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
             name = log.parent.name.partition("-")[2]
-            rows.append(_row(_BASES.get(name, name), log.parent, _losses(log.parent)))
+            shown = _RUNS.get(name, name) + (f" of {others}" if others else "")
+            rows.append(_row(shown, log.parent, _losses(log.parent)))
     return grid(["stage", "steps", "minutes", "on", "held-out"], rows)
 
 

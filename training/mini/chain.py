@@ -4,13 +4,13 @@
     DIR/blank/NAME            random weights in the released layout, for the vocabulary and the shapes
     DIR/records/BOOK          the drawn records, a book for each purpose (`books.py`)
     DIR/vae/NAME              the trained autoencoder
-    DIR/runs/words, scenes    the base MLLM, from random weights, in two runs; both miniatures start from it
-    DIR/runs/reasoning        the paper's first stage, on it; the MLLM is the same in both miniatures, so it is trained once
-    DIR/bare/NAME             the released layout with trained autoencoder and base MLLM, and a random DiT
-    DIR/runs/NAME-base        the base editor
-    DIR/first/NAME            the same with it
-    DIR/runs/NAME-edits       the base editor going on
-    DIR/start/NAME            the same with that one: what the paper's stages start from
+    DIR/before/RUN            the checkpoint that a run begins with
+    DIR/runs/words, scenes    the base MLLM, from random weights, in two runs
+    DIR/runs/mini-s-base, mini-s-edits      the base editor of mini-s, on it
+    DIR/runs/mini-s-together  both together: what the editor needs to know comes to stand in the MLLM's last states
+    DIR/runs/reasoning        the paper's first stage, on that MLLM; it is the same in both miniatures, so it is trained once
+    DIR/runs/NAME-...         the base editor to its end (`EDITOR`)
+    DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
     DIR/compare/NAME/...      what only tables compare with: the checkpoints between the stages, and reflectors of other forms
@@ -29,6 +29,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ...reasonedit_core.errors import ConfigError
@@ -46,14 +47,14 @@ BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 30_000, "pairs": 30_000, "
 HELD_OUT = 300
 SEED = 0
 
-WORDS = "words"
-"""The recipe, and the run, of the base MLLM."""
-
-SCENES = "scenes"
-"""The recipe, and the run, in which it goes on."""
-
 MLLM_SYSTEM = "mini-s"
-"""Whose blank checkpoint the MLLM is trained in; it is the same in both."""
+"""Whose blank checkpoint the MLLM is trained in, and whose editor it is trained with; it is the same in both."""
+
+TOGETHER = "together"
+"""The recipe in which base MLLM and base editor are trained together."""
+
+MLLM_RUN = f"{MLLM_SYSTEM}-{TOGETHER}"
+"""The run that leaves the base MLLM."""
 
 REASONING = "reasoning"
 """The recipe, and the run, of the first stage."""
@@ -62,15 +63,44 @@ REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
 
 BASE = "base"
-"""The recipe of the base editor, and what tables call the checkpoint before the three stages."""
-
-EDITS = "edits"
-"""The recipe in which the base editor goes on."""
+"""What tables call the checkpoint before the three stages."""
 
 BETWEEN = {"editing": "edit"}
 """Stage of a miniature's recipe -> what tables call the checkpoint after it."""
 
 _SETTINGS = "reasonedit.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A run on the way to the base MLLM or to a base editor. mllm, dit: the runs whose parts it begins with; None: random."""
+
+    recipe: str
+    run: str
+    system: str
+    mllm: str | None = None
+    dit: str | None = None
+
+
+_TEACHERS = ("mini-s-base", "mini-s-edits")
+MLLM_LEGS = (
+    Leg("words", "words", MLLM_SYSTEM),
+    Leg("scenes", "scenes", MLLM_SYSTEM, mllm="words"),
+    Leg("base", _TEACHERS[0], MLLM_SYSTEM, mllm="scenes"),
+    Leg("edits", _TEACHERS[1], MLLM_SYSTEM, mllm="scenes", dit=_TEACHERS[0]),
+    Leg(TOGETHER, MLLM_RUN, MLLM_SYSTEM, mllm="scenes", dit=_TEACHERS[1]),
+)
+"""To the base MLLM. Its own book leaves it with states that say what comes next; an editor teaches it to keep what was said."""
+
+EDITOR_LEGS: Mapping[str, Sequence[Leg]] = {
+    "mini-s": (Leg("details", "mini-s-details", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
+    "mini-q": (
+        Leg("base", "mini-q-base", "mini-q", MLLM_RUN),
+        Leg("edits", "mini-q-edits", "mini-q", MLLM_RUN, dit="mini-q-base"),
+        Leg("details", "mini-q-details", "mini-q", MLLM_RUN, dit="mini-q-edits"),
+    ),
+}
+"""From there to each base editor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +138,6 @@ class Chain:
         """The finished miniature."""
         return self.out / self.system
 
-    def _run_of(self, recipe: str) -> str:
-        """The run of the base editor with this recipe."""
-        return f"{self.system}-{recipe}"
-
     # links
 
     def make(self, until: str | None = None) -> int:
@@ -120,11 +146,9 @@ class Chain:
             "tokens": self._tokens,
             "records": self._records,
             "vae": self._vae,
-            "words": self._words,
-            "scenes": self._scenes,
-            "reasoning": self._reasoning,
-            "base": self._base,
-            "edits": self._edits,
+            **{leg.run: partial(self._leg, leg) for leg in MLLM_LEGS},
+            REASONING: self._reasoning,
+            **{leg.run: partial(self._leg, leg) for leg in EDITOR_LEGS[self.system]},
             "start": self._start,
             "stages": self._stages,
             "finish": self._finish,
@@ -178,39 +202,35 @@ class Chain:
         from ..signals import EXIT_STOPPED
         from .vae import default_settings, train_vae
 
-        place = self.out / "vae" / self.system
-        if (place / "config.json").is_file():
-            return 0
-        settings = default_settings(self.system)
-        if self.share < 1:
-            settings = default_settings(self.system, steps=self._some(settings.steps), warmup=self._some(settings.warmup))
-        made = train_vae(settings, place, self.out / "runs" / f"vae-{self.system}")
-        return 0 if made is not None else EXIT_STOPPED
+        for system in dict.fromkeys((self.system, *(() if self._has_run(MLLM_RUN) else (MLLM_SYSTEM,)))):
+            place = self.out / "vae" / system
+            if (place / "config.json").is_file():
+                continue
+            settings = default_settings(system)
+            if self.share < 1:
+                settings = default_settings(system, steps=self._some(settings.steps), warmup=self._some(settings.warmup))
+            if train_vae(settings, place, self.out / "runs" / f"vae-{system}") is None:
+                return EXIT_STOPPED
+        return 0
 
-    def _words(self) -> int:
-        if self._has_run(SCENES):
+    def _leg(self, leg: Leg) -> int:
+        """One run of the base MLLM or the base editor; left out when one after it has ended."""
+        legs = MLLM_LEGS if leg in MLLM_LEGS else EDITOR_LEGS[leg.system]
+        if any(self._has_run(later.run) for later in legs[legs.index(leg) + 1 :]):
             return 0
-        return self._recipe_run(WORDS, WORDS, lambda: self.out / "blank" / MLLM_SYSTEM)
+        return self._recipe_run(leg.recipe, leg.run, lambda: self._beginning(leg), (f'model.system="{MINIS[leg.system]}"',))
 
-    def _scenes(self) -> int:
-        return self._recipe_run(SCENES, SCENES, lambda: self._checkpoint("begun", MLLM_SYSTEM, mllm=WORDS))
+    def _beginning(self, leg: Leg) -> Path:
+        if leg.mllm is None:
+            return self.out / "blank" / leg.system
+        with_vae = leg.run not in ("words", "scenes")
+        return self._checkpoint(f"before/{leg.run}", leg.system, mllm=leg.mllm, dit=leg.dit, vae=with_vae)
 
     def _reasoning(self) -> int:
         return self._recipe_run(REASONING, REASONING, self._mllm)
 
     def _mllm(self) -> Path:
-        return self._checkpoint("mllm", MLLM_SYSTEM, mllm=SCENES)
-
-    def _base(self) -> int:
-        if self._has_run(self._run_of(EDITS)):
-            return 0
-        return self._editor(BASE, lambda: self._checkpoint(f"bare/{self.system}", self.system, mllm=SCENES, vae=True))
-
-    def _edits(self) -> int:
-        return self._editor(EDITS, lambda: self._whole_checkpoint(f"first/{self.system}", dit=self._run_of(BASE)))
-
-    def _editor(self, recipe: str, weights: Callable[[], Path]) -> int:
-        return self._recipe_run(recipe, self._run_of(recipe), weights, (f'model.system="{MINIS[self.system]}"',))
+        return self._checkpoint(f"before/{REASONING}", MLLM_SYSTEM, mllm=MLLM_RUN)
 
     def _start(self) -> int:
         self._whole_checkpoint(f"start/{self.system}")
@@ -261,9 +281,9 @@ class Chain:
 
     # shared parts
 
-    def _whole_checkpoint(self, name: str, *, mllm: str = SCENES, dit: str | None = None) -> Path:
-        """A checkpoint of this system with all three parts trained. dit: by default of the base editor."""
-        return self._checkpoint(name, self.system, mllm=mllm, dit=dit or self._run_of(EDITS), vae=True)
+    def _whole_checkpoint(self, name: str, *, mllm: str = MLLM_RUN) -> Path:
+        """A checkpoint of this system with all three parts trained, the DiT that of the finished base editor."""
+        return self._checkpoint(name, self.system, mllm=mllm, dit=EDITOR_LEGS[self.system][-1].run, vae=True)
 
     def _checkpoint(self, name: str, system: str, *, mllm: str, dit: str | None = None, vae: bool = False) -> Path:
         """OUT/name: the blank checkpoint of a system, with what the runs `mllm` and `dit` left in the place of those parts, and
