@@ -17,6 +17,7 @@ from reasonedit.training.mini.chain import (
     MLLM_RUN,
     REASONING,
     RECIPES,
+    THINKING,
     TOGETHER,
     Chain,
 )
@@ -29,20 +30,20 @@ def test_recipes_are_sound(recipe, tmp_path):
     config = make_config(read_recipe(RECIPES / f"{recipe}.toml"), recipe, [f"run.out={tmp_path}"])
     plans = plan_stages(config)
     assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
-    if recipe == REASONING:
+    if recipe in (REASONING, THINKING):
         assert [(plan.stage.step, sorted(plan.stage.train)) for plan in plans] == [("reasoning", ["embeddings", "mllm_lora"])]
     if recipe.startswith("mini_"):
         assert [plan.stage.name for plan in plans] == ["editing", "unified"]
         assert list(BETWEEN) == [plan.stage.name for plan in plans[:-1]]
         assert [sorted(plan.stage.train) for plan in plans] == [["connector", "dit"], ["connector", "dit", "mllm_lora"]]
-        assert [config.place(Path(one)).resolve() for one in plans[0].stage.start] == [tmp_path.parent / REASONING]
+        assert [config.place(Path(one)).resolve() for one in plans[0].stage.start] == [tmp_path.parent / THINKING]
 
 
 def test_the_lora_of_the_unified_stage_goes_on_with_that_of_the_first():
-    reasoning, *rest = (read_recipe(RECIPES / f"{name}.toml") for name in (REASONING, "mini_s", "mini_q"))
+    reasoning, *rest = (read_recipe(RECIPES / f"{name}.toml") for name in (REASONING, THINKING, "mini_s", "mini_q"))
     first = reasoning["stage"][0]["train"]["mllm_lora"]
     for recipe in rest:
-        assert {**recipe["stage"][1]["train"]["mllm_lora"], "lr": first["lr"]} == first
+        assert {**recipe["stage"][-1]["train"]["mllm_lora"], "lr": first["lr"]} == first
 
 
 def test_both_miniatures_are_trained_alike():

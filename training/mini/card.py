@@ -13,7 +13,7 @@ from ...reasonedit_core.mini.models import MINIS
 from ...reasonedit_core.weightfiles import read_shapes
 from ..log import LOG, read_log
 from .books import BOOK_FILE
-from .chain import EDITOR_LEGS, MLLM_LEGS, REASONING
+from .chain import EDITOR_LEGS, MLLM_LEGS, REASONING, THINKING
 
 CARD = "README.md"
 TABLES = "tables"
@@ -52,7 +52,7 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
 (base MLLM), `base.toml`, `edits.toml`, `together.toml` and `details.toml` (base editor, and the base MLLM with it),
-`reasoning.toml` (the paper's first stage) and `{recipe}.toml` (the second and the third stage)."""
+`reasoning.toml` and `thinking.toml` (the paper's first stage) and `{recipe}.toml` (the second and the third stage)."""
 
 _MEASURED = """## Measured
 
@@ -113,7 +113,7 @@ def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
     legs = {leg.run: leg for leg in (*MLLM_LEGS, *EDITOR_LEGS[system])}
-    for run in (*legs, REASONING, system):
+    for run in (*legs, REASONING, THINKING, system):
         others = legs[run].system if run in legs and legs[run].dit and legs[run].system != system else None
         for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
             name = log.parent.name.partition("-")[2]

@@ -8,7 +8,8 @@
     DIR/runs/words, scenes    the base MLLM, from random weights, in two runs
     DIR/runs/mini-s-base, mini-s-edits      the base editor of mini-s, on it
     DIR/runs/mini-s-together  both together: what the editor needs to know comes to stand in the MLLM's last states
-    DIR/runs/reasoning        the paper's first stage, on that MLLM; it is the same in both miniatures, so it is trained once
+    DIR/runs/reasoning, thinking            the paper's first stage, on that MLLM, in two runs; it is the same in both
+                              miniatures, so it is trained once
     DIR/runs/NAME-...         the base editor to its end (`EDITOR`)
     DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
@@ -56,8 +57,8 @@ TOGETHER = "together"
 MLLM_RUN = f"{MLLM_SYSTEM}-{TOGETHER}"
 """The run that leaves the base MLLM."""
 
-REASONING = "reasoning"
-"""The recipe, and the run, of the first stage."""
+REASONING, THINKING = "reasoning", "thinking"
+"""The recipes, and the runs, of the first stage; the second goes on with the LoRA of the first."""
 
 REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
@@ -147,7 +148,7 @@ class Chain:
             "records": self._records,
             "vae": self._vae,
             **{leg.run: partial(self._leg, leg) for leg in MLLM_LEGS},
-            REASONING: self._reasoning,
+            **{run: partial(self._first_stage, run) for run in (REASONING, THINKING)},
             **{leg.run: partial(self._leg, leg) for leg in EDITOR_LEGS[self.system]},
             "start": self._start,
             "stages": self._stages,
@@ -226,8 +227,8 @@ class Chain:
         with_vae = leg.run not in ("words", "scenes")
         return self._checkpoint(f"before/{leg.run}", leg.system, mllm=leg.mllm, dit=leg.dit, vae=with_vae)
 
-    def _reasoning(self) -> int:
-        return self._recipe_run(REASONING, REASONING, self._mllm)
+    def _first_stage(self, run: str) -> int:
+        return self._recipe_run(run, run, self._mllm)
 
     def _mllm(self) -> Path:
         return self._checkpoint(f"before/{REASONING}", MLLM_SYSTEM, mllm=MLLM_RUN)
@@ -256,7 +257,7 @@ class Chain:
 
         compare = f"compare/{self.system}"
         self._whole_checkpoint(f"{compare}/stages/{BASE}")
-        self._whole_checkpoint(f"{compare}/stages/reason", mllm=REASONING)
+        self._whole_checkpoint(f"{compare}/stages/reason", mllm=THINKING)
         config = read_snapshot(self.run)
         for plan in plan_stages(config):
             place = self.out / compare / "stages" / BETWEEN.get(plan.stage.name, "")
