@@ -52,6 +52,30 @@ def run_reflection_triples(args: argparse.Namespace) -> int:
     return _run(args, lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items)
 
 
+def run_reason50k(args: argparse.Namespace) -> int:
+    """`reasonedit-data reason50k`."""
+    from .candidates import Gates
+    from .editworld import read_editworld
+    from .objects import SpacyExtractor
+    from .reason50k import Options, Reason50KPairs, plans, read_ideas
+
+    gates = Gates(_band(args.lpips_band), args.least_clip, args.most_ssim, mark=args.least_mark)
+    counts = {"tries": args.tries, "grade": args.least_grade, "candidates": args.candidates, "top": args.top}
+    options = Options(**counts, gates=gates, held_out=args.held_out, share=args.held_out_share, scenes=args.scenes)
+    ideas = read_ideas(args.seeds, args.limit) if args.seeds else []
+    pairs = read_editworld(args.editworld, args.limit) if args.editworld else []
+    items = plans(ideas, pairs, options)
+    painter, before = _painters(args) if ideas else (None, None)
+    annotator, judge = _annotators(args, "judge")
+    extractor = SpacyExtractor(args.spacy) if args.spacy else None
+    measures = _measures(args)
+
+    def make(runner: Any) -> Reason50KPairs:
+        return Reason50KPairs(runner, annotator, judge, painter, before, args.out, measures, extractor, options)
+
+    return _run(args, make, items)
+
+
 def run_from_traces(args: argparse.Namespace) -> int:
     """`reasonedit-data from-traces`."""
     from .from_traces import FromTraces, Options
@@ -103,9 +127,10 @@ def run_feedback(args: argparse.Namespace) -> int:
 
 def run_mini_seeds(args: argparse.Namespace) -> int:
     """`reasonedit-data mini-seeds`."""
-    from ...mini.labelling import write_seeds
+    from ...mini.labelling import write_ideas, write_seeds
 
-    tell(f"{write_seeds(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
+    write = write_ideas if args.pipeline == "reason50k" else write_seeds
+    tell(f"{write(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
     return 0
 
 
@@ -200,6 +225,53 @@ def _editors(args: argparse.Namespace) -> list[Any]:
         return [PlantedEditor(World(args.world))]
     loaded = [LoadedSystem.parse(text, device=args.device, dtype=args.dtype) for text in args.editor]
     return [SystemEditor(each, steps) for each in loaded for steps in args.edit_steps or [None]]
+
+
+def _painters(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(painter of the pictures after, of the pictures before); the planted one of a world where no model is named."""
+    from .painters import DiffusersPainter
+
+    drawn = None
+    if args.world is not None:
+        from ...mini.labelling import PlantedPainter, World
+
+        drawn = PlantedPainter(World(args.world))
+    if drawn is not None and args.source_model is None:
+        return drawn, drawn
+    if args.source_model is None or args.ip_adapter is None:
+        missing = "--source-model DIR" if args.source_model is None else "--ip-adapter FILE"
+        raise ConfigError(f"expected a text-to-image model and an IP-Adapter for the pictures before, found no {missing}.")
+    told = {name: getattr(args, name) for name in ("steps", "guidance", "device", "dtype")}
+    before = DiffusersPainter(args.source_model, args.ip_adapter, scale=args.ip_scale, **told)
+    if args.target_model is not None:
+        return DiffusersPainter(args.target_model, side=args.size, **told), before
+    if drawn is not None:
+        return drawn, before
+    return DiffusersPainter(args.source_model, side=args.size, **told), before
+
+
+def _measures(args: argparse.Namespace) -> Any:
+    from ...eval.encoders import Clip, UserScorer, lpips_of
+    from .candidates import Measures
+
+    device = _device(args.device) if args.clip or args.lpips else "cpu"
+    clip = Clip(args.clip, device) if args.clip else None
+    aesthetics = UserScorer(args.aesthetics) if args.aesthetics else None
+    return Measures(clip, lpips_of(args.lpips, device) if args.lpips else None, aesthetics)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _band(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--lpips-band: expected LEAST,MOST such as 0.2,0.55, found {text!r}. Correct it.") from None
+    return low, high
 
 
 def _own(folder: Path) -> Any:

@@ -63,4 +63,10 @@ def _rows(record: Record) -> list[tuple[str, str]]:
         rows += [("target", said.target_description), ("consistency", f"{said.scores.consistency:g}")]
         rows += [("reason", said.reason), ("verdict", said.verdict)]
         rows += [("second instruction", said.second_instruction)] if said.second_instruction else []
+    if record.reason50k:
+        said = record.reason50k
+        told = (("before", said.source_caption), ("after", said.target_caption), ("objects", ", ".join(said.objects)))
+        rows += [(name, words) for name, words in told if words]
+        if said.scores:
+            rows.append(("what was measured", ", ".join(f"{name} {value:g}" for name, value in said.scores.items())))
     return rows
