@@ -9,11 +9,15 @@ import pytest
 
 from reasonedit.tests.trace_tools import a_run, save_folder
 from reasonedit.training.config_file import load_config
+from reasonedit.training.data.cache import Cache
 from reasonedit.training.data.check import check_records
 from reasonedit.training.data.label.cli import main
 from reasonedit.training.data.label.traces import RoundFeedback, write_feedback
 from reasonedit.training.data.records import read_records
-from reasonedit.training.run import EXIT_DONE, run
+from reasonedit.training.material import make_documents, make_source, open_material
+from reasonedit.training.models import Base
+from reasonedit.training.run import EXIT_DONE, run, validations
+from reasonedit.training.stages import plan_stages
 
 ENOUGH = "0.25"
 """Share of the pictures that is held out, so that the held-out loss is of more than one or two."""
@@ -26,10 +30,13 @@ def made(tmp_path_factory) -> list[Path]:
     seeds, ideas = root / "seeds", root / "ideas"
     assert main(["mini-seeds", "--out", str(seeds), "--count", "16", "--seed", "2", "--language", "en"]) == 0
     assert main(["mini-seeds", "--for", "reason50k", "--out", str(ideas), "--count", "12", "--language", "en"]) == 0
+    (root / "traces").mkdir()
     for number in range(4):
-        folder = save_folder(a_run(number)[1], root / f"traces/{number}")
-        write_feedback(folder, RoundFeedback(round=1, verdict="correct", instruction=None, reason=None, score=None), None)
-        write_feedback(folder, RoundFeedback(round=2, verdict="accept", instruction=None, reason=None, score=None), None)
+        trace = a_run(number)[1]
+        folder = save_folder(trace, root / f"traces/{number}")
+        mended = trace.rounds[0].reflection.instruction
+        write_feedback(folder, RoundFeedback(round=1, verdict="correct", instruction=mended), None)
+        write_feedback(folder, RoundFeedback(round=2, verdict="accept"), None)
     world, common = ["--world", str(seeds), "--held-out", ENOUGH], ["--quiet"]
     commands = {
         "thinking-pairs": [str(seeds), *world],
@@ -57,21 +64,32 @@ STAGES = {
 def test_an_epoch_on_the_records_of_all_pipelines_lowers_the_held_out_loss(stage, made, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    kinds = {"reasoning": ("think", "reflect"), "editing": ("think", "reflect", "hypothetical")}[stage]
-    trained = [record for folder in made for record in read_records(folder) if record.split == "train" and record.kind in kinds]
     assert all(check_records(folder).ok for folder in made)
-    assert {record.kind for record in trained} == set(kinds)
+    kinds = {record.kind for folder in made for record in read_records(folder, splits=("train",))}
+    assert {"think", "reflect", "hypothetical"} <= kinds
     out = tmp_path / "run"
     sets = [f"run.out={out}", f"data.records={json.dumps([str(folder) for folder in made])}", "data.drawn=null"]
     sets += [
-        f"stage=[{STAGES[stage] % len(trained)}]",
         "every_stage.save_every=0",
         "every_stage.optim.warmup=3",
-        "run.threads=1",
+        "every_stage.packs.text=768",
+        "every_stage.packs.image=256",
     ]
-    assert run(load_config("tiny_cpu", sets), quiet=True) == EXIT_DONE
+    sets += ["run.threads=1"]
+    steps = packs_of_an_epoch(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % 1}]"]))
+    assert run(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % steps}]"]), quiet=True) == EXIT_DONE
     (log,) = out.glob("1-*/log.jsonl")
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    looks = [event for event in events if event["event"] == "validation"]
-    print(json.dumps(looks), [event for event in events if event["event"] == "step"][-1])
+    assert {event["epoch"] for event in events if event["event"] == "step"} == {0}
+    looks = validations(log.parent)
     assert looks[-1]["loss"] < looks[0]["loss"]
+
+
+def packs_of_an_epoch(config) -> int:
+    """So many steps are one epoch of the first stage."""
+    base = Base(config)
+    material = open_material(config, base)
+    (plan,) = plan_stages(config)
+    documents = make_documents(material, base.shell())
+    source = make_source(material, plan, documents, Cache(config.place(config.data.cache)), world=1)
+    return len(source)

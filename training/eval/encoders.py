@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,8 +130,10 @@ class Lpips:
         except ImportError as error:
             raise ConfigError("LPIPS: expected the package lpips, found none. pip install lpips.") from error
         self.name, self.sha256, self._device = f"lpips-{net}:{weights.name}", _digest_of_file(weights), device
-        # pnet_rand: without it the package downloads a network
-        self._model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision in an older way
+            # pnet_rand: without it the package downloads a network
+            self._model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
         self._model.net.load_state_dict(_backbone(weights, self._model.net.state_dict()))
         self._model.to(device)
 

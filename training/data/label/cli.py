@@ -82,11 +82,13 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
     add("--price", metavar="IN,OUT", help="of a million tokens, to state the cost")
     add("--retry", action="store_true", help="ask again what was rejected before")
     add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")
+    add("--ray", type=whole(1, 10_000), metavar="N", help="spread over N workers of Ray, each with --concurrency requests")
+    add("--ray-address", metavar="ADDRESS", help="of a cluster that is there and shares this disk (one of this machine's own)")
 
 
 def _add_thinking_pairs(commands) -> None:
     words = "instructions -> what is to be painted: sorted, taken apart or made abstract, verified, deduplicated, split"
-    parser = _command(commands, "thinking-pairs", words, "run_thinking_pairs")
+    parser = _command(commands, "thinking-pairs", words, "run_pipeline")
     parser.add_argument("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction")
     _folder(parser)
     _asking(parser, "verifier")
@@ -96,7 +98,7 @@ def _add_thinking_pairs(commands) -> None:
 
 def _add_reflection_triples(commands) -> None:
     words = "source, result and verdict: edited by own systems, scored alone, decided, edited again, audited, balanced"
-    parser = _command(commands, "reflection-triples", words, "run_reflection_triples")
+    parser = _command(commands, "reflection-triples", words, "run_pipeline")
     add = parser.add_argument
     add("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction, best with a target too")
     _folder(parser)
@@ -117,7 +119,7 @@ def _add_reflection_triples(commands) -> None:
 
 def _add_reason50k(commands) -> None:
     words = "laws of the world -> hypothetical questions with a picture before and one after: painted, checked, ranked, split"
-    parser = _command(commands, "reason50k", words, "run_reason50k")
+    parser = _command(commands, "reason50k", words, "run_pipeline")
     add = parser.add_argument
     add("seeds", type=Path, nargs="?", metavar="SEEDS", help="JSONL: id, category, scenario, law, scene")
     add("--editworld", type=Path, metavar="PATH", help="pairs of EditWorld as well: its folder, or train.json")
@@ -151,7 +153,7 @@ def _add_reason50k(commands) -> None:
 
 def _add_from_traces(commands) -> None:
     words = "saved runs and what you said of them (`feedback`) -> records; no model is asked"
-    parser = _command(commands, "from-traces", words, "run_from_traces")
+    parser = _command(commands, "from-traces", words, "run_pipeline")
     parser.add_argument("traces", type=Path, nargs="+", metavar="PATH", help="run folders, PNGs of Save Trace, folders of such")
     _folder(parser)
     parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="sources kept for validation (0.02)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,11 @@ def tell(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def run_thinking_pairs(args: argparse.Namespace) -> int:
+Job = tuple[Callable[[Any], Any], Sequence[Any]]
+"""(the pipeline of a runner, all items)."""
+
+
+def thinking_pairs(args: argparse.Namespace) -> Job:
     """`reasonedit-data thinking-pairs`."""
     from .seeds import read_seeds
     from .thinking_pairs import Options, ThinkingPairs
@@ -29,10 +33,10 @@ def run_thinking_pairs(args: argparse.Namespace) -> int:
     options = Options(args.keep_clear, args.held_out)
     annotator, second = _annotators(args, "verifier")
     seeds = read_seeds(args.seeds, args.limit)
-    return _run(args, lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds)
+    return lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds
 
 
-def run_reflection_triples(args: argparse.Namespace) -> int:
+def reflection_triples(args: argparse.Namespace) -> Job:
     """`reasonedit-data reflection-triples`."""
     from .reflection_triples import Options, ReflectionTriples, attempts
     from .seeds import read_seeds
@@ -49,10 +53,10 @@ def run_reflection_triples(args: argparse.Namespace) -> int:
             "--second-mllm), or do without the audit (--no-audit)."
         )
     items = attempts(read_seeds(args.seeds, args.limit), _editors(args), options)
-    return _run(args, lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items)
+    return lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items
 
 
-def run_reason50k(args: argparse.Namespace) -> int:
+def reason50k(args: argparse.Namespace) -> Job:
     """`reasonedit-data reason50k`."""
     from .candidates import Gates
     from .editworld import read_editworld
@@ -73,16 +77,25 @@ def run_reason50k(args: argparse.Namespace) -> int:
     def make(runner: Any) -> Reason50KPairs:
         return Reason50KPairs(runner, annotator, judge, painter, before, args.out, measures, extractor, options)
 
-    return _run(args, make, items)
+    return make, items
 
 
-def run_from_traces(args: argparse.Namespace) -> int:
+def from_traces(args: argparse.Namespace) -> Job:
     """`reasonedit-data from-traces`."""
     from .from_traces import FromTraces, Options
     from .traces import find_traces
 
     options = Options(args.held_out, args.license)
-    return _run(args, lambda runner: FromTraces(runner, args.out, options), find_traces(args.traces))
+    return lambda runner: FromTraces(runner, args.out, options), find_traces(args.traces)
+
+
+JOBS: Mapping[str, Callable[[argparse.Namespace], Job]] = {
+    "thinking-pairs": thinking_pairs,
+    "reflection-triples": reflection_triples,
+    "reason50k": reason50k,
+    "from-traces": from_traces,
+}
+"""Pipeline -> what its command line means, here and in every worker of Ray."""
 
 
 def run_feedback(args: argparse.Namespace) -> int:
@@ -134,10 +147,12 @@ def run_mini_seeds(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[Any]) -> int:
+def run_pipeline(args: argparse.Namespace) -> int:
+    """Any of JOBS."""
     from .session import as_json, first_request, run
 
-    session = _session(args)
+    make, items = JOBS[args.command](args)
+    session = session_of(args)
     if args.dry_run:
         first = first_request(session, make, items)
         tell(as_json(first) if first else "nothing would be asked: the journal holds every answer")
@@ -148,6 +163,11 @@ def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[A
         if not args.quiet and (done % every == 0 or done == len(items)):
             say(f"{done} of {len(items)} items")
 
+    if getattr(args, "ray", None):
+        from .ray_workers import spread
+
+        told = spread(args, len(items), None if args.quiet else say)
+        tell(f"{told.answered} answers of {args.ray} workers")
     result = run(session, make, items, name=args.command, on_done=progress)
     for line in result.lines():
         tell(line)
@@ -158,7 +178,8 @@ def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[A
     return 0 if result.check.ok else EXIT_ERROR
 
 
-def _session(args: argparse.Namespace) -> Session:
+def session_of(args: argparse.Namespace) -> Session:
+    """How the run is made."""
     from .output import Prices
     from .runner import Limits
     from .session import Session
