@@ -37,6 +37,8 @@ from reasonedit.training.data.label.painters import DiffusersPainter
 from reasonedit.training.data.label.prompts import load_prompts
 from reasonedit.training.data.label.reason50k import Idea, Options, Plan, Reason50KPairs, held_out_of, plans, read_ideas
 from reasonedit.training.data.records import read_records
+from reasonedit.training.eval.benchmarks.items import read_manifest
+from reasonedit.training.eval.benchmarks.prepare import prepare
 from reasonedit.training.mini.labelling import PlantedPainter, World, WorldAnnotator, pixels_of, rewritten, write_ideas
 
 SEEDS = 8
@@ -500,3 +502,25 @@ def test_options_that_are_none_are_refused(wrong):
 def test_the_names_of_pairs_are_part_of_their_items(tmp_path):
     pair = EditWorldPair("g:s", "i", "a", "b", tmp_path, tmp_path)
     assert plans([], [pair], NARROW) == [pair]
+
+
+def test_the_held_out_records_are_a_benchmark(whole, tmp_path):
+    told = [json.loads(record.to_json()) for record in read_records(whole[0])]
+    told[0]["split"] = "held_out"
+    lines = "".join(json.dumps(each) + "\n" for each in told)
+    held = [each for each in told if each.get("split") == "held_out"]
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for each in told:
+        for picture in each["images"].values():
+            (folder / picture["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / picture["path"]).write_bytes((whole[0] / picture["path"]).read_bytes())
+    (folder / "records.jsonl").write_text(lines)
+    prepare("reason50k", folder, tmp_path / "prepared")
+    manifest = read_manifest(tmp_path / "prepared")
+    assert [item.id for item in manifest.items] == [each["id"] for each in held]
+    first, said = manifest.items[0], held[0]["reason50k"]
+    assert (first.group, first.instruction) == (said["scenario"], said["hypothetical"])
+    assert (first.refs["input_text"], first.refs["output_text"]) == (said["source_caption"], said["target_caption"])
+    pictures = (manifest.sources(first)[0], manifest.picture(first, "gt_img"))
+    assert [shown(path).sha256 for path in pictures] == [held[0]["images"][name]["sha256"] for name in ("input", "target")]

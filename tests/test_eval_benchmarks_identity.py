@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 
@@ -236,8 +237,8 @@ def test_new_measures_on_the_command_line(tmp_path, capsys):
     assert told["overall"]["identity"]["mean"] == 7 and told["features"]["aesthetics"] == {"n": 5, "mean": 3.5}
     assert told["pixels"]["outside"]["n"] == 5 and told["ins_align"]["mean"] == 0.75
     assert main(["report", "--runs", f"ours={run}", "--out", str(tmp_path / "report"), "--refs", "none", "--quiet"]) == 0
-    head, row = (tmp_path / "report/table.csv").read_text().splitlines()[:2]
-    cells = dict(zip(head.split(","), row.split(","), strict=False))
+    with open(tmp_path / "report/table.csv", newline="") as stream:
+        cells = next(csv.DictReader(stream))
     assert cells["Ins-Align"] == "0.750" and cells["identity"] == "7.00" and cells["aesthetics"] == "3.500"
 
 

@@ -8,7 +8,6 @@ and a measure that is not at hand drops out for all of them, which the record sa
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,5 +147,9 @@ def _value(name: str, row: Numbers) -> float:
 
 def best(candidates: Sequence[Shown], scores: Sequence[float], number: int) -> list[int]:
     """Places of the `number` best; of equals the one whose content comes first by hash, so that no order decides."""
-    tied = lambda at: hashlib.sha256(json.dumps(candidates[at].sha256).encode()).hexdigest()  # noqa: E731
-    return sorted(range(len(candidates)), key=lambda at: (-round(scores[at], 9), tied(at)))[:number]
+
+    def order(at: int) -> tuple[float, str]:
+        # sha256 again: content hashes themselves are compared elsewhere, and no two orders should go together
+        return -round(scores[at], 9), hashlib.sha256(candidates[at].sha256.encode()).hexdigest()
+
+    return sorted(range(len(candidates)), key=order)[:number]

@@ -7,26 +7,22 @@ their objects cost its model half of its score (Table A7), so both lists are joi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ....reasonedit_core.interfaces import ObjectExtractor
 
 MOST = 16
 """Objects that the conditioner of ReasonBrain takes."""
 
 
-class Extractor(Protocol):
-    """The names of things in a text; as `interfaces.ObjectExtractor`, without a picture."""
-
-    def extract(self, instruction: str) -> list[str]:
-        """In order of appearance, without articles."""
-        ...
-
-
 class SpacyExtractor:
-    """Noun chunks and entities by a spaCy pipeline. nlp: its name or folder, or the loaded pipeline itself.
+    """Noun chunks and entities by a spaCy pipeline, as an `ObjectExtractor`.
 
-    Raises ConfigError where spaCy or the pipeline is absent, or the pipeline has no parser to find noun chunks with.
+    nlp: its name or folder, or the loaded pipeline itself. Raises ConfigError where spaCy or the pipeline is absent, or has no
+    parser to find noun chunks with.
     """
 
     def __init__(self, nlp: Any) -> None:
@@ -41,8 +37,8 @@ class SpacyExtractor:
                 raise ConfigError(f"--spacy: expected a pipeline on this disk, found none ({error}). Name one.") from error
         self._nlp = nlp
 
-    def extract(self, instruction: str) -> list[str]:
-        """In order of appearance, without articles and pronouns."""
+    def extract(self, instruction: str, image: Any = None) -> list[str]:
+        """In order of appearance, without articles and pronouns. The picture is not looked at."""
         document = self._nlp(instruction)
         try:
             spans = sorted([*document.noun_chunks, *document.ents], key=lambda span: (span.start, -span.end))
@@ -52,7 +48,7 @@ class SpacyExtractor:
         return list(dict.fromkeys(name.lower() for name in names if name.strip()))
 
 
-def joined(named: Sequence[str], extractor: Extractor | None, caption: str) -> list[str]:
+def joined(named: Sequence[str], extractor: ObjectExtractor | None, caption: str) -> list[str]:
     """The annotator's names, then those of the extractor that none of them says already; MOST at most."""
     found = list(dict.fromkeys(name.strip() for name in named))
     for name in extractor.extract(caption) if extractor is not None else ():

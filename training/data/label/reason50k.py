@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ..pictures import PictureFault
@@ -25,13 +25,16 @@ from .annotators import Annotator, Shown, shown
 from .candidates import MEASURE, Gates, Measures, best, is_near, standardised
 from .editworld import EditWorldPair
 from .journal import Entry
-from .objects import Extractor, joined
+from .objects import joined
 from .output import Draft, Harvest, head, keep_picture, picture_entry, provenance, share_of
 from .pace import Rejected
 from .painters import Painter
 from .prompts import load_prompts
 from .replies import Rewritten
 from .runner import Runner
+
+if TYPE_CHECKING:
+    from ....reasonedit_core.interfaces import ObjectExtractor
 
 PROMPTS = "reason50k"
 PAINT = "paint@1"
@@ -152,7 +155,7 @@ class Reason50KPairs:
     before: Painter | None
     out: Path
     measures: Measures = Measures()
-    extractor: Extractor | None = None
+    extractor: ObjectExtractor | None = None
     options: Options = field(default_factory=Options)
 
     async def label(self, item: Plan | EditWorldPair) -> list[Draft]:
@@ -274,7 +277,10 @@ class Reason50KPairs:
 
     async def _measured(self, item: str, picture: Shown, target: Shown, before: str, after: str) -> Entry:
         def work() -> dict[str, Any]:
-            return self.measures.of(picture.path, target.path, before, after)
+            try:
+                return self.measures.of(picture.path, target.path, before, after)
+            except DataError as error:  # too small to be measured, or no picture: this pair's fault, not the run's
+                raise Rejected("measure", "cannot-be-measured", str(error)[:500]) from None
 
         inputs = {"source_caption": before, "target_caption": after}
         return await self.runner.do(item, "measure", MEASURE, self.measures.name, inputs, [picture, target], work)

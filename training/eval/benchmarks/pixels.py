@@ -96,15 +96,24 @@ def shift(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 def compare(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float | None]:
     """All of them: l1, psnr (None for equal pictures, which have none), ssim (None where no window lies inside), shift (pixels,
-    length, of the whole pictures)."""
-    decibels = psnr(a, b, mask)
+    length, of the whole pictures). With a mask, ssim is of the pixels whose whole window counts: what lies beyond the mask
+    would be seen through its border else."""
+    decibels, whole = psnr(a, b, mask), None if mask is None else _shrunk(mask)
     right, down = shift(a, b)
     return {
         "l1": round(l1(a, b, mask), 6),
         "psnr": round(decibels, 4) if math.isfinite(decibels) else None,
-        "ssim": round(ssim(a, b, mask), 6) if _inside(a, mask) else None,
+        "ssim": round(ssim(a, b, whole), 6) if _inside(a, whole) else None,
         "shift": round(math.hypot(right, down), 3),
     }
+
+
+def _shrunk(mask: np.ndarray) -> np.ndarray:
+    """The pixels around which all that SSIM's window covers is in the mask; beyond the picture nothing is missing."""
+    for axis in (0, 1):
+        wide = np.pad(mask, [(_RADIUS, _RADIUS) if each == axis else (0, 0) for each in (0, 1)], constant_values=True)
+        mask = np.all([wide.take(range(at, at + mask.shape[axis]), axis=axis) for at in range(2 * _RADIUS + 1)], axis=0)
+    return mask
 
 
 def _inside(a: np.ndarray, mask: np.ndarray | None) -> bool:
