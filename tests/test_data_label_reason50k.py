@@ -26,7 +26,7 @@ from reasonedit.tests.label_tools import (
 from reasonedit.tests.paint_tools import write_painter
 from reasonedit.training.data.check import check_records
 from reasonedit.training.data.label import session
-from reasonedit.training.data.label.annotators import EndpointAnnotator, Shown, shown
+from reasonedit.training.data.label.annotators import EndpointAnnotator, NotTaken, Refused, Shown, shown
 from reasonedit.training.data.label.candidates import Gates, Measures
 from reasonedit.training.data.label.cli import main
 from reasonedit.training.data.label.editworld import EditWorldPair, read_editworld
@@ -215,6 +215,28 @@ def test_the_annotator_thinks_of_further_scenes(tmp_path, drawn):
     scenes = {entry.item: entry.value["scene"] for entry in read_journal(tmp_path / "journal.jsonl").entries.values()
               if entry.step == "expand"}  # fmt: skip
     assert scenes == {f"{other[0].id}~{number}": other[number].scene for number in (1, 2)}
+
+
+def test_a_refused_comparison_costs_its_candidate_and_silence_costs_the_item(tmp_path, drawn):
+    class Choosy(WorldAnnotator):
+        fault = Refused
+
+        def _compare(self, question, told):
+            seen.append(question.pictures[0].sha256)
+            if len(seen) == 1:
+                raise self.fault("no")
+            return super()._compare(question, told)
+
+    class Silent(Choosy):
+        fault = NotTaken
+
+    options, seen = replace(NARROW, gates=Gates(ssim=0.9995), candidates=6), []
+    found = label(tmp_path / "a", drawn, judge=Choosy(drawn[1], "judge"), options=options, count=1)
+    (record,) = read_records(tmp_path / "a")
+    assert found.records == 1 and record.images.input.sha256 != seen[0] and len(seen) > 1
+    seen.clear()
+    found = label(tmp_path / "b", drawn, judge=Silent(drawn[1], "judge"), options=options, count=1)
+    assert found.report["rejects"] == {"compare: not-taken": 1} and len(seen) == 1
 
 
 # ---- EditWorld

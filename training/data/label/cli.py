@@ -83,6 +83,7 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
     add("--retry", action="store_true", help="ask again what was rejected before")
     add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")
     add("--ray", type=whole(1, 10_000), metavar="N", help="spread over N workers of Ray, each with --concurrency requests")
+    add("--ray-gpus", type=real(0, 64), default=0.0, metavar="X", help="GPUs, or shares of one, that each of them needs (0)")
     add("--ray-address", metavar="ADDRESS", help="of a cluster that is there and shares this disk (one of this machine's own)")
 
 

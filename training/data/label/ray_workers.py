@@ -74,6 +74,7 @@ def _collect(ray: Any, args: argparse.Namespace, items: int, kept: Journal, say:
         batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=args.ray),
         num_cpus=1,
+        num_gpus=args.ray_gpus or None,
     )
     answered, faults = 0, []
     for row in rows.iter_rows():

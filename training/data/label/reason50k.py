@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ....reasonedit_core.errors import ConfigError, DataError
 from ..pictures import PictureFault
 from ..records import FILE_NAME, SCENARIOS, guess_language, read_records
 from .annotators import Annotator, Shown, shown
-from .candidates import MEASURE, Gates, Measures, best, is_near, standardised
+from .candidates import MEASURE, Gates, Measures, Numbers, best, is_near, standardised
 from .editworld import EditWorldPair
 from .journal import Entry
 from .objects import joined
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 PROMPTS = "reason50k"
 PAINT = "paint@1"
 """Version of how painters are called, in the place of a prompt's."""
+
+GATE = "gate"
+"""Step of the rejections by a gate."""
 
 STORY = "story"
 """Category of all that comes from EditWorld, as in the paper."""
@@ -144,6 +147,26 @@ def item_id(item: Plan | EditWorldPair) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Case:
+    """What candidates are ranked for. item, seed: names for the journal and the record; steps: how target and words came about;
+    told, origin: of the record (initial_instruction, origin)."""
+
+    item: str
+    seed: str
+    category: str
+    target: Shown
+    written: Rewritten
+    objects: Sequence[str]
+    steps: Sequence[Draft]
+    told: str
+    origin: str
+
+
+LOST = ("refused", "malformed", "cannot-be-measured")
+"""Rejections that cost a candidate and not its item; others, such as no answer, are no fault of the candidate's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reason50KPairs:
     """The pipeline. annotator: thinks of scenes and writes; judge: grades and compares; painter: of the pictures after, and
     before: of the candidates, None where only EditWorld's pairs are taken in; out: folder of the records."""
@@ -178,8 +201,8 @@ class Reason50KPairs:
         seeds = range(self.options.candidates)
         candidates = [await self._paint(plan.id, "source", self.before, prompt, seed, target) for seed in seeds]
         steps += [*made, provenance(entry)]
-        more = {"initial_instruction": scene, "origin": "inverse"}
-        return await self._ranked(plan.id, idea.category, idea.id, target, candidates, written, objects, steps, more)
+        case = _Case(plan.id, idea.id, idea.category, target, written, objects, steps, scene, "inverse")
+        return await self._ranked(case, candidates)
 
     async def _taken(self, pair: EditWorldPair) -> list[Draft]:
         name = item_id(pair)
@@ -192,8 +215,9 @@ class Reason50KPairs:
         told = {key: getattr(pair, key) for key in ("instruction", "source_caption", "target_caption")}
         written, entry = await self._ask(name, "rewrite_pair", [before, after], self.annotator, **told)
         objects = joined(written.objects, self.extractor, written.source_caption)
-        steps, more = [provenance(entry)], {"initial_instruction": pair.instruction, "origin": "editworld"}
-        return await self._ranked(name, STORY, name, after, [(before, None)], written, objects, steps, more)
+        steps = [provenance(entry)]
+        case = _Case(name, name, STORY, after, written, objects, steps, pair.instruction, "editworld")
+        return await self._ranked(case, [(before, None)])
 
     # ---- the parts ---------------------------------------------------------------------------------------------------
 
@@ -231,86 +255,75 @@ class Reason50KPairs:
         value = entry.value
         return Shown(self.out / value["path"], value["sha256"], tuple(value["size"])), entry
 
-    async def _ranked(
-        self,
-        item: str,
-        category: str,
-        origin: str,
-        target: Shown,
-        candidates: Sequence[tuple[Shown, Entry | None]],
-        written: Rewritten,
-        objects: Sequence[str],
-        steps: Sequence[Draft],
-        more: Mapping[str, str],
-    ) -> list[Draft]:
+    async def _ranked(self, case: _Case, candidates: Sequence[tuple[Shown, Entry | None]]) -> list[Draft]:
         """Drafts of the best candidates that pass every gate. Rejected where none does, with what they failed."""
-        gates, lost, passed, hashes, seen = self.options.gates, Counter(), [], [], set()
-        captions = (written.source_caption, written.target_caption)
+        lost: Counter[str] = Counter()
+        passed: list[tuple[Shown, Numbers, list[Draft]]] = []
+        hashes: dict[str, str] = {}
         for picture, painted in candidates:
-            entry = await self._measured(item, picture, target, *captions)
-            numbers = dict(entry.value)
-            hash_ = numbers.pop("dhash")
-            twice = picture.sha256 in seen or is_near(hash_, hashes, gates.near)
-            fault = gates.fault(numbers) or ("near-duplicate" if twice else None)
-            seen.add(picture.sha256)
-            if fault is None:
-                hashes.append(hash_)
-                told = {"source_caption": captions[0], "target_caption": captions[1], "instruction": written.instruction}
-                marks, judged = await self._ask(item, "compare", [picture, target], self.judge, **told)
-                numbers |= {name: getattr(marks, name) for name in ("identity", "plausible_before", "quality")}
-                fault = gates.marked_down(numbers)
-            if fault is not None:
-                lost[fault] += 1
-                continue
             made = [] if painted is None else [provenance(painted)]
-            passed.append((picture, numbers, [*made, provenance(entry), provenance(judged)]))
+            try:
+                numbers, steps = await self._numbers(case, picture, hashes)
+            except Rejected as rejected:
+                if rejected.step != GATE and rejected.reason not in LOST:
+                    raise
+                lost[rejected.reason] += 1
+            else:
+                passed.append((picture, numbers, [*case.steps, *made, *steps]))
         if not passed:
             told = ", ".join(f"{name} {count}" for name, count in lost.most_common())
-            raise Rejected("gate", lost.most_common(1)[0][0], f"of {len(candidates)} candidates: {told}")
+            raise Rejected(GATE, lost.most_common(1)[0][0], f"of {len(candidates)} candidates: {told}")
         scores, counted = standardised([numbers for _, numbers, _ in passed])
         drafts = []
         for at in best([picture for picture, *_ in passed], scores, self.options.top):
-            picture, numbers, own = passed[at]
-            told = {**numbers, "z": round(scores[at], 6)}
-            drafts.append(self._draft(category, origin, picture, target, written, objects, told, counted, [*steps, *own], more))
+            picture, numbers, steps = passed[at]
+            drafts.append(self._draft(case, picture, {**numbers, "z": round(scores[at], 6)}, counted, steps))
         return drafts
 
-    async def _measured(self, item: str, picture: Shown, target: Shown, before: str, after: str) -> Entry:
+    async def _numbers(self, case: _Case, picture: Shown, hashes: dict[str, str]) -> tuple[Numbers, list[Draft]]:
+        """All that is known of a candidate, and how. Rejected at the first gate that it fails, the judge's marks last, because
+        they cost the most. hashes: difference hashes by content of those that came before; its own is added."""
+        gates, written = self.options.gates, case.written
+        captions = {"source_caption": written.source_caption, "target_caption": written.target_caption}
+
         def work() -> dict[str, Any]:
             try:
-                return self.measures.of(picture.path, target.path, before, after)
+                return self.measures.of(picture.path, case.target.path, *captions.values())
             except DataError as error:  # too small to be measured, or no picture: this pair's fault, not the run's
                 raise Rejected("measure", "cannot-be-measured", str(error)[:500]) from None
 
-        inputs = {"source_caption": before, "target_caption": after}
-        return await self.runner.do(item, "measure", MEASURE, self.measures.name, inputs, [picture, target], work)
+        pictures = [picture, case.target]
+        entry = await self.runner.do(case.item, "measure", MEASURE, self.measures.name, captions, pictures, work)
+        numbers = dict(entry.value)
+        hash_ = numbers.pop("dhash")
+        twice = picture.sha256 in hashes or is_near(hash_, list(hashes.values()), gates.near)
+        fault = gates.fault(numbers) or ("near-duplicate" if twice else None)
+        if fault is None:
+            hashes[picture.sha256] = hash_
+            asked = {**captions, "instruction": written.instruction}
+            marks, judged = await self._ask(case.item, "compare", pictures, self.judge, **asked)
+            numbers |= {name: getattr(marks, name) for name in ("identity", "plausible_before", "quality")}
+            fault = gates.marked_down(numbers)
+        if fault is not None:
+            raise Rejected(GATE, fault)
+        return numbers, [provenance(entry), provenance(judged)]
 
-    def _draft(
-        self,
-        category: str,
-        origin: str,
-        picture: Shown,
-        target: Shown,
-        written: Rewritten,
-        objects: Sequence[str],
-        numbers: Mapping[str, float],
-        counted: Sequence[str],
-        steps: Sequence[Draft],
-        more: Mapping[str, str],
-    ) -> Draft:
-        name = hashlib.sha256(f"{picture.sha256} {target.sha256} {written.instruction}".encode()).hexdigest()[:20]
-        draft = head("hypothetical", f"r50k-{category[:4]}-{name}", origin, [])
+    def _draft(self, case: _Case, picture: Shown, numbers: Numbers, counted: Sequence[str], steps: Sequence[Draft]) -> Draft:
+        written, category = case.written, case.category
+        name = hashlib.sha256(f"{picture.sha256} {case.target.sha256} {written.instruction}".encode()).hexdigest()[:20]
+        draft = head("hypothetical", f"r50k-{category[:4]}-{name}", case.seed, [])
         draft["provenance"] = list(steps)
-        draft["images"] = {"input": picture_entry(picture, self.out), "target": picture_entry(target, self.out)}
+        draft["images"] = {"input": picture_entry(picture, self.out), "target": picture_entry(case.target, self.out)}
         words = {"raw": written.instruction, "class": "abstract", "lang": guess_language(written.instruction)}
         draft["instruction"] = {**words, "category": category}
         draft["reason50k"] = {
             "scenario": category,
             "hypothetical": written.instruction,
-            "objects": list(objects),
+            "objects": list(case.objects),
             "source_caption": written.source_caption,
             "target_caption": written.target_caption,
-            **more,
+            "initial_instruction": case.told,
+            "origin": case.origin,
             "scores": dict(numbers),
             "scorers": list(counted),
         }
