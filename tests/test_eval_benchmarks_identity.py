@@ -12,16 +12,18 @@ from PIL import Image
 
 from reasonedit.reasonedit_core.errors import ConfigError, DataError
 from reasonedit.reasonedit_core.mini.models import PLACE
-from reasonedit.tests.benchmark_tools import DrawnJudge, prepared, save
+from reasonedit.tests.benchmark_tools import DrawnJudge, prepared, reason50k, save
 from reasonedit.tests.label_tools import QUICK, FakeServer, Killed, Killer, chosen_points, join_requests
 from reasonedit.tests.minis import write_minis
 from reasonedit.training.data.label.annotators import Refused
 from reasonedit.training.data.label.journal import read_journal
 from reasonedit.training.eval.benchmarks.commands import _maker
+from reasonedit.training.eval.benchmarks.items import read_manifest
 from reasonedit.training.eval.benchmarks.judge import JUDGEMENTS, judge_run
 from reasonedit.training.eval.benchmarks.judges import EndpointJudge, read_rows
 from reasonedit.training.eval.benchmarks.outputs import OUTPUTS, find_output, keep_output, official_name
 from reasonedit.training.eval.benchmarks.pixels import read_mask
+from reasonedit.training.eval.benchmarks.prepare import prepare
 from reasonedit.training.eval.benchmarks.protocols import load_protocol, with_identity
 from reasonedit.training.eval.benchmarks.score import Choice, measure, score_judged
 from reasonedit.training.eval.cli import build_parser, main
@@ -142,6 +144,20 @@ def test_what_changed_outside_the_masks_is_measured_apart(tmp_path):
     mask.save(masks / f"{official_name(item)}.png")
     assert measure(manifest, run, manifest.items, masks)[item.id]["outside"]["l1"] == 0
     assert "outside" not in measure(manifest, run, manifest.items)[item.id]
+
+
+def test_a_benchmarks_own_masks_are_used_where_no_others_are_named(tmp_path):
+    root = reason50k(tmp_path / "official")
+    Image.new("L", (64, 48), 0).save(root / "mask.png")
+    lines = [json.loads(line) for line in (root / "reason50k.jsonl").read_text().splitlines()]
+    lines[1]["mask"] = "mask.png"
+    (root / "reason50k.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    prepare("reason50k", root, tmp_path / "prepared")
+    manifest = read_manifest(tmp_path / "prepared")
+    for item in manifest.items:
+        keep_output(tmp_path / "run", item, manifest.sources(item)[0].read_bytes())
+    found = measure(manifest, tmp_path / "run", manifest.items)
+    assert [name for name, row in found.items() if "outside" in row] == ["r1"] and found["r1"]["outside"]["l1"] == 0
 
 
 def test_masks_that_are_none_are_told(tmp_path):

@@ -161,7 +161,7 @@ def _read_rise(source: Path, images: Path | None) -> Iterator[Found]:
 
 def _read_reason50k(source: Path, images: Path | None) -> Iterator[Found]:
     """Our own layout, as none was found public: reason50k.jsonl with id, category, instruction, image, and where they are
-    known input_text, output_text, target; or what `reasonedit-data reason50k` wrote, of which the held-out part is taken."""
+    known input_text, output_text, target, mask; or what `reasonedit-data reason50k` wrote, whose held-out part is taken."""
     records = source if source.name == RECORDS else source / RECORDS
     if records.is_file():
         yield from _held_out(records)
@@ -171,8 +171,9 @@ def _read_reason50k(source: Path, images: Path | None) -> Iterator[Found]:
         group, root = _text(row, "category", path), images or path.parent
         texts = _texts(row, input_text="input_text", output_text="output_text")
         item = Item("reason50k", _text(row, "id", path), group, _text(row, "instruction", path), (), refs=texts)
-        target = {"gt_img": _picture(root, row["target"], item.id)} if row.get("target") else {}
-        yield Found(item, (_picture(root, _text(row, "image", path), item.id),), target)
+        names = {"gt_img": "target", "mask": "mask"}
+        shown = {ours: _picture(root, row[theirs], item.id) for ours, theirs in names.items() if row.get(theirs)}
+        yield Found(item, (_picture(root, _text(row, "image", path), item.id),), shown)
 
 
 def _held_out(path: Path) -> Iterator[Found]:

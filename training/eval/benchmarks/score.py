@@ -200,8 +200,8 @@ def measure(manifest: Manifest, run: Path, items: Sequence[Item], masks: Path | 
     """item -> how its picture differs from its (first) source, brought to the source's size. Kept in pixels.jsonl of the run,
     and measured anew only where a picture is another one.
 
-    masks: then, for an item with a mask, also `outside`: the same where its mask is black, where nothing may change. Raises
-    ConfigError where no item has one, DataError for a mask that is white all over.
+    For an item with a mask, in `masks` or else in the benchmark, also `outside`: the same where its mask is black, so that
+    nothing may change. Raises ConfigError where no item has one in `masks`, DataError for a mask that is white all over.
     """
     path, known = run / PIXELS, {}
     if path.is_file():
@@ -214,7 +214,8 @@ def measure(manifest: Manifest, run: Path, items: Sequence[Item], masks: Path | 
         edited = find_output(run / OUTPUTS, item)
         if edited is None:
             continue
-        mask = shown(masked[item.id]) if item.id in masked else None
+        path_of = masked.get(item.id) or manifest.picture(item, "mask")
+        mask = None if path_of is None else shown(path_of)
         a, b = shown(manifest.sources(item)[0]), shown(edited)
         row, of = known.get(item.id), {"source": a.sha256, "edited": b.sha256, "mask": mask and mask.sha256}
         if row is None or any(row.get(name) != sha for name, sha in of.items()):
