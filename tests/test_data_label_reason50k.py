@@ -118,6 +118,8 @@ def test_a_bad_picture_after_is_painted_again_and_given_up_in_the_end(tmp_path, 
 
     result = label(tmp_path, drawn, painter=Unpainted(drawn[1]), before=PlantedPainter(drawn[1]))
     assert result.records == 0 and result.report["rejects"] == {"grade: target-too-bad": SEEDS}
+    again = label(tmp_path, drawn, painter=Unpainted(drawn[1]), before=PlantedPainter(drawn[1]))
+    assert again.records == 0 == again.asked, "a run that came to nothing does not stand in the way of the next"
     steps = Counter(entry.step for entry in read_journal(tmp_path / "journal.jsonl").entries.values())
     assert steps["target"] == 2 * SEEDS and "rewrite" not in steps and "source" not in steps
 

@@ -26,6 +26,7 @@ from reasonedit.training.eval.benchmarks.pixels import read_mask
 from reasonedit.training.eval.benchmarks.prepare import prepare
 from reasonedit.training.eval.benchmarks.protocols import load_protocol, with_identity
 from reasonedit.training.eval.benchmarks.score import Choice, measure, score_judged
+from reasonedit.training.eval.benchmarks.tables import make_table
 from reasonedit.training.eval.cli import build_parser, main
 
 
@@ -114,6 +115,9 @@ def test_the_official_resizing_is_a_judgement_of_its_own_and_shows_the_sources_s
     assert second.told["resized"] and second.told["questions"] != first.told["questions"]
     again, _ = judged(manifest, run, Measuring(), official)
     assert again.requests == 0 and all(row["status"] == "ok" for row in rows)
+    told = [score_judged(manifest, run, done.folder, Choice(lang="en", pixels=False)) for done in (first, second)]
+    cells = [make_table({"run": each}, False).rows[0].facts["protocol"] for each in told]
+    assert cells == ["gedit-re", "gedit-re, pictures resized to their sources"]
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------------

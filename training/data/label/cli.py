@@ -147,6 +147,7 @@ def _add_reason50k(commands) -> None:
     add("--lpips-band", default="0.2,0.55", metavar="LEAST,MOST", help="distance of the two pictures (0.2,0.55)")
     add("--least-clip", type=real(-1, 1), default=0.22, metavar="X", help="of a picture before and its caption (0.22)")
     add("--most-ssim", type=real(-1, 1), default=0.95, metavar="X", help="likeness of the two pictures (0.95)")
+    add("--near", type=whole(0, 64), default=3, metavar="BITS", help="of 64 by which two pictures before must differ (3)")
     add("--least-mark", type=real(0, 10), default=0.0, metavar="X", help="each of the judge's marks (0: any)")
     add("--held-out", type=whole(0, 10**6), default=400, metavar="N", help="records per category for validation (400)")
     add("--held-out-share", type=real(0, 1), default=0.1, metavar="X", help="of a category at most, where it is small (0.1)")

@@ -63,7 +63,7 @@ def reason50k(args: argparse.Namespace) -> Job:
     from .objects import SpacyExtractor
     from .reason50k import Options, Reason50KPairs, plans, read_ideas
 
-    gates = Gates(_band(args.lpips_band), args.least_clip, args.most_ssim, mark=args.least_mark)
+    gates = Gates(_band(args.lpips_band), args.least_clip, args.most_ssim, args.near, args.least_mark)
     counts = {"tries": args.tries, "grade": args.least_grade, "candidates": args.candidates, "top": args.top}
     options = Options(**counts, gates=gates, held_out=args.held_out, share=args.held_out_share, scenes=args.scenes)
     ideas = read_ideas(args.seeds, args.limit) if args.seeds else []

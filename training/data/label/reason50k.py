@@ -359,9 +359,10 @@ class Reason50KPairs:
 
     def _held_before(self) -> frozenset[str]:
         """Targets that the last run held out: what was for validation once is never trained on."""
-        if not (self.out / FILE_NAME).is_file():
+        path = self.out / FILE_NAME
+        if not path.is_file() or not path.stat().st_size:  # a run may have come to no record at all
             return frozenset()
-        records = read_records(self.out / FILE_NAME, splits=("held_out",))
+        records = read_records(path, splits=("held_out",))
         return frozenset(record.images.target.sha256 for record in records)
 
 

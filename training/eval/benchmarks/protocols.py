@@ -109,7 +109,7 @@ IDENTITY = "identity"
 
 
 def with_identity(protocol: Protocol, runs: int) -> Protocol:
-    """The protocol with `runs` runs of the question for identity preservation, which differ in their seeds alone.
+    """The protocol with `runs` runs of the question for identity preservation, which differ in name and seed alone.
 
     Complex-Edit takes the mean of 20. Each run is a question of its own, so that all are kept and none is asked twice.
     """

@@ -81,6 +81,7 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
         "aggregate": name,
         "lang": choice.lang or items[0].lang,
         "quirks": "official" if choice.quirks else None,
+        "resized": bool(about.get("resized")),
         "clamp": choice.clamp if manifest.bench == "imgedit" else None,
         "missing": choice.missing,
         "run": run_facts(run, [item.id for item in items]),

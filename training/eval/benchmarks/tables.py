@@ -130,7 +130,9 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "n": f"{row['n_scored']}/{row['n']}",
         "judge": scores["judge"],
-        "protocol": scores["protocol"] + (f" ({scores['prompts'][:8]})" if scores["prompts"] else ""),
+        "protocol": scores["protocol"]
+        + (f" ({scores['prompts'][:8]})" if scores["prompts"] else "")
+        + (", pictures resized to their sources" if scores.get("resized") else ""),
         "aggregate": scores["aggregate"] + (" with official faults" if scores["quirks"] else ""),
         "zeros": "" if row["zeros"] is None else f"{100 * row['zeros']:.1f} %",
         "no-op": f"{100 * pixels['no_op_rate']:.1f} %" if pixels else "",
