@@ -59,7 +59,7 @@ def _started(args: argparse.Namespace) -> Any:
         raise ConfigError(
             f"--ray: expected the package ray with its data part, found none ({error}). pip install 'comfyui-reasonedit[ray]'."
         ) from error
-    own = {} if args.ray_address else {"num_cpus": args.ray, "include_dashboard": False}
+    own = {} if args.ray_address else {"num_cpus": args.ray + 1, "include_dashboard": False}  # one for what feeds them
     ray.init(address=args.ray_address, logging_level="ERROR", log_to_driver=False, **own)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
