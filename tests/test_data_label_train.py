@@ -14,7 +14,7 @@ from reasonedit.training.data.check import check_records
 from reasonedit.training.data.label.cli import main
 from reasonedit.training.data.label.traces import RoundFeedback, write_feedback
 from reasonedit.training.data.records import read_records
-from reasonedit.training.material import make_documents, make_source, open_material
+from reasonedit.training.material import draw_missing, make_documents, make_source, open_material
 from reasonedit.training.models import Base
 from reasonedit.training.run import EXIT_DONE, run, validations
 from reasonedit.training.stages import plan_stages
@@ -43,7 +43,7 @@ def made(tmp_path_factory) -> list[Path]:
         "reflection-triples": [str(seeds), *world, "--edits", "1", "--ratio", "all"],
         "from-traces": [str(root / "traces"), "--held-out", ENOUGH],
         "reason50k": [str(ideas / "seeds.jsonl"), "--world", str(ideas), "--candidates", "3", "--most-ssim", "0.9995",
-                      "--held-out-share", ENOUGH],
+                      "--held-out-share", "0.5"],
     }  # fmt: skip
     for name, arguments in commands.items():
         assert main([name, *arguments, "--out", str(root / name), *common]) == 0
@@ -68,14 +68,9 @@ def test_an_epoch_on_the_records_of_all_pipelines_lowers_the_held_out_loss(stage
     kinds = {record.kind for folder in made for record in read_records(folder, splits=("train",))}
     assert {"think", "reflect", "hypothetical"} <= kinds
     out = tmp_path / "run"
-    sets = [f"run.out={out}", f"data.records={json.dumps([str(folder) for folder in made])}", "data.drawn=null"]
-    sets += [
-        "every_stage.save_every=0",
-        "every_stage.optim.warmup=3",
-        "every_stage.packs.text=768",
-        "every_stage.packs.image=256",
-    ]
-    sets += ["run.threads=1"]
+    sets = [f"run.out={out}", f"data.records={json.dumps([str(folder) for folder in made])}"]
+    sets += [f"every_stage.{each}" for each in ("save_every=0", "optim.warmup=3", "packs.text=768", "packs.image=256")]
+    sets.append("run.threads=1")
     steps = packs_of_an_epoch(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % 1}]"]))
     assert run(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % steps}]"]), quiet=True) == EXIT_DONE
     (log,) = out.glob("1-*/log.jsonl")
@@ -87,6 +82,7 @@ def test_an_epoch_on_the_records_of_all_pipelines_lowers_the_held_out_loss(stage
 
 def packs_of_an_epoch(config) -> int:
     """So many steps are one epoch of the first stage."""
+    draw_missing(config)
     base = Base(config)
     material = open_material(config, base)
     (plan,) = plan_stages(config)
