@@ -69,7 +69,7 @@ def test_an_epoch_on_the_records_of_all_pipelines_lowers_the_held_out_loss(stage
     assert {"think", "reflect", "hypothetical"} <= kinds
     out = tmp_path / "run"
     sets = [f"run.out={out}", f"data.records={json.dumps([str(folder) for folder in made])}"]
-    sets += [f"every_stage.{each}" for each in ("save_every=0", "optim.warmup=3", "packs.text=768", "packs.image=256")]
+    sets += [f"every_stage.{each}" for each in ("save_every=0", "optim.warmup=3", "packs.text=2048", "packs.image=256")]
     sets.append("run.threads=1")
     steps = packs_of_an_epoch(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % 1}]"]))
     assert run(load_config("tiny_cpu", [*sets, f"stage=[{STAGES[stage] % steps}]"]), quiet=True) == EXIT_DONE
