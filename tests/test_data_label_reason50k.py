@@ -34,7 +34,6 @@ from reasonedit.training.data.label.hypothetical import leak
 from reasonedit.training.data.label.journal import read_journal
 from reasonedit.training.data.label.objects import SpacyExtractor, joined
 from reasonedit.training.data.label.painters import DiffusersPainter
-from reasonedit.training.data.label.prompts import load_prompts
 from reasonedit.training.data.label.reason50k import Idea, Options, Plan, Reason50KPairs, held_out_of, plans, read_ideas
 from reasonedit.training.data.records import read_records
 from reasonedit.training.eval.benchmarks.items import read_manifest
@@ -431,7 +430,7 @@ def test_killed_anywhere_nothing_is_lost_and_nothing_done_twice(tmp_path, drawn,
         asked = EndpointAnnotator(server.url, "world")
         return label(out, drawn, annotator=asked, judge=EndpointAnnotator(server.url, "judge"), options=options, items=items)
 
-    with FakeServer(WorldAnnotator(drawn[1]), tmp_path / "seen", prompts=load_prompts("reason50k")) as server:
+    with FakeServer(WorldAnnotator(drawn[1]), tmp_path / "seen") as server:
         with monkeypatch.context() as patch:
             uncut = Killer(patch)
             through(server, tmp_path / "whole")

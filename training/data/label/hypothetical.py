@@ -1,7 +1,8 @@
 """Whether words suppose something without giving away what comes of it: the check of Reason50K's rewritten instructions.
 
 Text alone, in English and Chinese. Words count by their stems (a rough one: melt, melts and melting are one word), Chinese
-text by pairs of characters, because it has no blanks.
+text by pairs of characters, because it has no blanks. Answers that passed stay in journals: with a change of the rules here,
+raise the versions of the questions `rewrite` and `rewrite_pair`.
 """
 
 from __future__ import annotations
