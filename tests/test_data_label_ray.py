@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_what_ends_a_worker_comes_back_as_a_row_after_its_answers(seeds, tmp_pat
     assert rows["fault"] == ["", "", "", "", "the endpoint is gone"] and rows["line"][-1] == "" and all(rows["line"][:-1])
 
 
+def fake_ray(data):
+    """What of Ray the writer touches."""
+    return argparse.Namespace(data=data, exceptions=argparse.Namespace(RayError=LostError))
+
+
+class LostError(Exception):
+    """In the place of Ray's own."""
+
+
 def test_rows_are_written_before_a_fault_is_raised(tmp_path, seeds):
     args = build_parser().parse_args(command(seeds, tmp_path / "out", "--world", str(seeds), "--ray", "2"))
     made = Worker(dict(vars(args)), str(tmp_path))({"id": [0]})
@@ -79,8 +89,41 @@ def test_rows_are_written_before_a_fault_is_raised(tmp_path, seeds):
         range = staticmethod(lambda items, override_num_blocks: Rows())
 
     with Journal(tmp_path / "out/journal.jsonl") as kept, pytest.raises(ReasonerError, match="the endpoint is gone"):
-        ray_workers._collect(argparse.Namespace(data=Data), args, 6, kept, None)
+        ray_workers._collect(fake_ray(Data), args, 6, kept, None)
     assert len(read_journal(tmp_path / "out/journal.jsonl").entries) == len(made["line"]) > 0
+
+
+def test_a_worker_that_is_lost_takes_no_rows_with_it(tmp_path, seeds):
+    args = build_parser().parse_args(command(seeds, tmp_path / "out", "--world", str(seeds), "--ray", "2"))
+    made = Worker(dict(vars(args)), str(tmp_path))({"id": [0]})
+
+    class Rows:
+        def iter_rows(self):
+            yield from ({"line": line, "fault": ""} for line in made["line"])
+            raise LostError("a traceback\n\nthe worker died")
+
+        def map_batches(self, *args, **options):
+            return self
+
+    class Data:
+        ActorPoolStrategy = staticmethod(lambda size: size)
+        range = staticmethod(lambda items, override_num_blocks: Rows())
+
+    with Journal(tmp_path / "out/journal.jsonl") as kept, pytest.raises(ReasonerError, match="^the worker died"):
+        ray_workers._collect(fake_ray(Data), args, 6, kept, None)
+    assert len(read_journal(tmp_path / "out/journal.jsonl").entries) == len(made["line"]) > 0
+
+
+def test_a_ray_that_does_not_start_is_told(tmp_path, seeds, monkeypatch, capsys):
+    def init(**options):
+        assert options["num_cpus"] == 3, "one for what feeds the two"
+        raise Exception("The node timed out.\n")
+
+    monkeypatch.setitem(sys.modules, "ray", ray := ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.data", data := ModuleType("ray.data"))
+    ray.init, ray.data = init, data
+    assert main(command(seeds, tmp_path / "out", "--world", str(seeds), "--ray", "2")) == 2
+    assert "expected a Ray on this machine" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_workers_share_the_pace():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,14 @@ def _started(args: argparse.Namespace) -> Any:
             f"--ray: expected the package ray with its data part, found none ({error}). pip install 'comfyui-reasonedit[ray]'."
         ) from error
     own = {} if args.ray_address else {"num_cpus": args.ray + 1, "include_dashboard": False}  # one for what feeds them
-    ray.init(address=args.ray_address, logging_level="ERROR", log_to_driver=False, **own)
+    try:
+        ray.init(address=args.ray_address, logging_level="ERROR", log_to_driver=False, **own)
+    except Exception as error:  # it raises whatever went wrong below it, bare exceptions too
+        where = args.ray_address or "this machine"
+        raise ConfigError(
+            f"--ray: expected a Ray on {where} within its own time, found none ({_first(error)}). Look at its log, give the "
+            "machine some quiet, or do without --ray."
+        ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
@@ -77,7 +84,7 @@ def _collect(ray: Any, args: argparse.Namespace, items: int, kept: Journal, say:
         num_gpus=args.ray_gpus or None,
     )
     answered, faults = 0, []
-    for row in rows.iter_rows():
+    for row in _until_lost(ray, rows, faults):
         if row["fault"]:
             faults.append(row["fault"])
             continue
@@ -88,6 +95,19 @@ def _collect(ray: Any, args: argparse.Namespace, items: int, kept: Journal, say:
     if faults:
         raise ReasonerError(f"{faults[0]} ({len(faults)} of the workers' shares ended so; {answered} answers are kept.)")
     return answered
+
+
+def _until_lost(ray: Any, rows: Any, faults: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows, up to where a worker is lost for good (it died, or could not begin); that is then the last of the faults."""
+    try:
+        yield from rows.iter_rows()
+    except ray.exceptions.RayError as error:
+        faults.append(_first(error))
+
+
+def _first(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).strip()[:300]
 
 
 class Worker:
