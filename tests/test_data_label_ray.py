@@ -126,6 +126,13 @@ def test_a_ray_that_does_not_start_is_told(tmp_path, seeds, monkeypatch, capsys)
     assert "expected a Ray on this machine" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_ray_is_not_started_where_nothing_is_to_be_asked(tmp_path, seeds, monkeypatch, capsys):
+    asked = command(seeds, tmp_path / "out", "--world", str(seeds))
+    assert main(asked) == 0
+    monkeypatch.setattr(ray_workers, "spread", lambda *options: pytest.fail("Ray was started"))
+    assert main([*asked, "--ray", "2"]) == 0 and "(0 now)" in capsys.readouterr().out
+
+
 def test_workers_share_the_pace():
     assert shared(Limits(per_minute=60), 4).per_minute == 15 and shared(Limits(), 4).per_minute is None
 

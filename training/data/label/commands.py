@@ -163,7 +163,8 @@ def run_pipeline(args: argparse.Namespace) -> int:
         if not args.quiet and (done % every == 0 or done == len(items)):
             say(f"{done} of {len(items)} items")
 
-    if getattr(args, "ray", None):
+    # Ray takes its time to start, which is lost where the journal holds every answer
+    if getattr(args, "ray", None) and first_request(session, make, items) is not None:
         from .ray_workers import spread
 
         told = spread(args, len(items), None if args.quiet else say)
