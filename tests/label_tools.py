@@ -26,7 +26,8 @@ from reasonedit.training.data.label.annotators import Question, Refused, shown
 from reasonedit.training.data.label.prompts import Prompt, load_prompts
 from reasonedit.training.data.label.runner import Limits
 
-PROMPTS = {**load_prompts("thinking_pairs"), **load_prompts("reflection_triples")}
+PIPELINES = ("thinking_pairs", "reflection_triples", "reason50k")
+PROMPTS = {step: prompt for name in PIPELINES for step, prompt in load_prompts(name).items()}
 QUICK = Limits(concurrency=3, timeout=60.0, attempts=4, pause=0.001)  # a busy machine is no fault of the endpoint
 _VALUE = re.compile(r"<(\w+)>\n(.*?)\n</\1>", re.DOTALL)
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from reasonedit.reasonedit_core.errors import ConfigError, MalformedReply, ReasonerError
-from reasonedit.tests.label_tools import PROMPTS, QUICK, FakeServer
+from reasonedit.tests.label_tools import PIPELINES, PROMPTS, QUICK, FakeServer
 from reasonedit.training.data.label.annotators import (
     Answer,
     EndpointAnnotator,
@@ -374,6 +374,11 @@ DIGESTS = {
     "score@1": "1137e8bb2d09be30",
     "decide@1": "e25d25c6165fffa9",
     "audit@1": "30ec3f88723af17e",
+    "expand@1": "c52ad7fdc9d3478b",
+    "grade@1": "ab6077e4f29b3349",
+    "rewrite@1": "23594d89408cd013",
+    "rewrite_pair@1": "382b90e1e09ee1f1",
+    "compare@1": "d74229a645bd2b0e",
 }
 
 
@@ -387,7 +392,7 @@ def test_every_prompt_has_a_reply_and_its_words_are_told(picture):
             assert f'"{key}"' in prompt.text, (prompt.id, key)
 
 
-@pytest.mark.parametrize("name", ["thinking_pairs", "reflection_triples"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_prompt_whose_words_change_gets_another_version(name):
     found = {prompt.id: prompt.digest for prompt in load_prompts(name).values()}
     assert {each: DIGESTS[each] for each in found} == found, "raise the version of what was changed, then note its digest here"

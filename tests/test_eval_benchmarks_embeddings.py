@@ -10,8 +10,9 @@ from PIL import Image
 
 from reasonedit.reasonedit_core.errors import CheckpointError
 from reasonedit.tests.benchmark_tools import prepared
-from reasonedit.training.eval.benchmarks.embeddings import Clip, Dino, digest_of, features_of, measure_features
+from reasonedit.training.eval.benchmarks.embeddings import Scorers, features_of, measure_features
 from reasonedit.training.eval.benchmarks.outputs import find_output, keep_output
+from reasonedit.training.eval.encoders import Clip, Dino, digest_of
 
 
 class Colours:
@@ -62,13 +63,13 @@ def world(tmp_path):
 )
 def test_each_metric_holds_the_right_two_together(colour, expected, world, tmp_path):
     edited = tmp_path / plain(tmp_path, "edited", colour)
-    found = features_of(world, world.items[0], edited, Colours(), Colours())
+    found = features_of(world, world.items[0], edited, Scorers(Colours(), Colours()))
     assert found == {name: value if value is None else pytest.approx(value, abs=1e-9) for name, value in expected.items()}
 
 
 def test_what_a_benchmark_does_not_have_is_no_metric(tmp_path):
     manifest = prepared("imgedit", tmp_path)
-    found = features_of(manifest, manifest.items[0], manifest.sources(manifest.items[1])[0], Colours(), None)
+    found = features_of(manifest, manifest.items[0], manifest.sources(manifest.items[1])[0], Scorers(Colours()))
     assert found.keys() == {"clip_source", "clip_i"} and found["clip_i"] is None
 
 
@@ -77,17 +78,41 @@ def test_means_say_their_n_and_their_backbone_and_nothing_is_encoded_twice(tmp_p
     for item in manifest.items[:3]:
         keep_output(tmp_path / "run", item, manifest.sources(item)[0].read_bytes())
     clip = Colours()
-    told = measure_features(manifest, tmp_path / "run", manifest.items, clip, None)
+    told = measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip))
     assert told["clip_source"] == {"n": 3, "mean": pytest.approx(1)} and "clip_i" not in told and "dino" not in told
-    assert told["backbones"] == {"clip": {"name": "colours", "sha256": "0" * 64}} and clip.calls == 3
-    assert measure_features(manifest, tmp_path / "run", manifest.items, clip, None) == told and clip.calls == 3
+    assert told["backbones"] == {"clip": {"name": "colours", "sha256": "0" * 64}}
+    assert told["anchors"] == {"no-edit": {"clip_source": {"n": 3, "mean": pytest.approx(1)}}}
+    assert clip.calls == 3, "here the edited pictures are the sources, so that the anchor is known"
+    assert measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip)) == told and clip.calls == 3
     other = manifest.sources(manifest.items[4])[0].read_bytes()
     find_output(tmp_path / "run" / "outputs", manifest.items[0]).write_bytes(other)
-    measure_features(manifest, tmp_path / "run", manifest.items, clip, None)
+    measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip))
     assert clip.calls == 4
     clip.sha256 = "1" * 64  # other weights
-    measure_features(manifest, tmp_path / "run", manifest.items, clip, None)
-    assert clip.calls == 7
+    measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip))
+    assert clip.calls == 8  # three pictures, and the source of the one that is another now
+
+
+class Fixed:
+    """A distance and a score that say which pictures they were asked of."""
+
+    name, sha256 = "fixed", "2" * 64
+
+    def distance(self, a, b):
+        return 0.0 if a.read_bytes() == b.read_bytes() else 0.5
+
+    def score(self, path):
+        return float(Image.open(path).size[0])
+
+
+def test_lpips_and_a_users_measure_stand_beside_with_their_anchors(world, tmp_path):
+    keep_output(tmp_path / "run", world.items[0], world.sources(world.items[0])[0].read_bytes())
+    told = measure_features(world, tmp_path / "run", world.items, Scorers(lpips=Fixed(), aesthetics=Fixed()))
+    assert {name: told[name]["mean"] for name in ("lpips", "lpips_source", "aesthetics")} == {
+        "lpips": 0.5, "lpips_source": 0.0, "aesthetics": 16.0,
+    }  # fmt: skip
+    assert told["anchors"]["no-edit"]["lpips_source"]["mean"] == 0.0 == told["anchors"]["ground-truth"]["lpips"]["mean"]
+    assert set(told["backbones"]) == {"lpips", "aesthetics"} and "clip_t" not in told
 
 
 def test_a_folder_is_known_by_its_weights_not_by_its_name(tmp_path):

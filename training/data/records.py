@@ -135,13 +135,21 @@ class Edit(_Part):
 
 
 class Reason50K(_Part):
-    """A hypothetical instruction in the sense of Reason50K, with what its benchmark measures by."""
+    """A hypothetical instruction in the sense of Reason50K, with what its benchmark measures by.
+
+    initial_instruction: the scene or instruction that the pair was made of, which stands in `origin`; scores: what was
+    measured of the input picture as the one before (`z`: the mean of the standardised measures that `scorers` names).
+    """
 
     scenario: Literal["physical", "temporal", "causal", "story"]
     hypothetical: Text
     objects: tuple[Text, ...] = ()
     source_caption: Text | None = None
     target_caption: Text | None = None
+    initial_instruction: Text | None = None
+    origin: Literal["inverse", "editworld", "user"] | None = None
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    scorers: tuple[Text, ...] = ()
 
 
 class Turn(_Part):

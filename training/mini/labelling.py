@@ -7,6 +7,7 @@ questions alone: a run that was killed gets the same answers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from ...reasonedit_core.mini.dice import Dice
 from ...reasonedit_core.mini.edits import apply, edits_between
 from ...reasonedit_core.mini.faults import plant
 from ...reasonedit_core.mini.items import Item, item
-from ...reasonedit_core.mini.judge import read
-from ...reasonedit_core.mini.rules import KNOWLEDGE
-from ...reasonedit_core.mini.texts import target_description
+from ...reasonedit_core.mini.judge import Judgement, judge, read
+from ...reasonedit_core.mini.kinds import CELLS
+from ...reasonedit_core.mini.rules import CATEGORIES, KNOWLEDGE, SUPPOSE
+from ...reasonedit_core.mini.texts import caption, target_description
 from ...reasonedit_core.mini.verdicts import Assessment, assess_picture
 from ...reasonedit_core.mini.wordings import canonical, together
+from ...reasonedit_core.mini.words import background_name, tables
 from ...reasonedit_core.mini.world import SIZE, Scene, render
 from ..data.label.annotators import Answer, Question, Refused, Shown
 from ..data.records import FILE_NAME
@@ -85,6 +88,39 @@ def write_seeds(folder: Path, count: int, seed: int = 0, *, language: str | None
     return write_whole(folder / FILE_NAME, ("\n".join(lines) + "\n").encode())
 
 
+IDEAS = "seeds.jsonl"
+
+
+def write_ideas(folder: Path, count: int, seed: int = 0, *, language: str | None = None, size: int = SIZE) -> Path:
+    """Draw `count` seeds of `reasonedit-data reason50k` into `folder`: seeds.jsonl, whose scenes say what is to be seen once a
+    rule has had its effect, and world.json; the file of seeds. Categories come in turn.
+
+    Only items whose words suppose something are drawn. ConfigError for numbers out of range.
+    """
+    if count < 1 or seed < 0:
+        raise ConfigError(f"seeds: expected a count of at least 1 and a seed of 0 or more, found {count}, {seed}.")
+    lines, drawn, number = [], [], 0
+    while len(lines) < count:
+        kind = CATEGORIES[len(lines) % len(CATEGORIES)]
+        draw = {"kind": kind, "seed": (seed << 32) + number, "language": language}
+        number += 1
+        one = item(draw["seed"], kind, "train", language)
+        if not any(_framed(one.instruction, frame) for frame in SUPPOSE[one.language]):
+            continue
+        scene = target_description(one.source, one.target, one.language)
+        told = {"id": f"idea-{seed}-{len(lines):05d}", "category": kind, "scenario": one.rule, "law": one.rule, "scene": scene}
+        lines.append(json.dumps(told, ensure_ascii=False))
+        source = hashlib.sha256(encode_png(render(one.source, size))).hexdigest()
+        drawn.append({**draw, "asked": one.instruction, "source": source})
+    write_json(folder / WORLD_FILE, {"size": size, "drawn": drawn})
+    return write_whole(folder / IDEAS, ("\n".join(lines) + "\n").encode())
+
+
+def _framed(text: str, frame: str) -> bool:
+    before, _, after = frame.partition("{v}")
+    return text.startswith(before) and text.endswith(after)
+
+
 class World:
     """All that was drawn into a folder of seeds. DataError where there is no world.json, or one of another kind."""
 
@@ -102,6 +138,7 @@ class World:
                 f"{path}: expected what `reasonedit-data mini-seeds` writes beside its records, found none ({error}). The "
                 "world annotator knows drawn seeds only."
             ) from error
+        self._targets: dict[str, list[Known]] | None = None
         self._by_description: dict[str, Known] = {}
         for each in self.known:
             text = target_description(each.item.source, each.item.target, each.item.language)
@@ -120,6 +157,18 @@ class World:
         if description not in self._by_description:
             raise Refused(f"no target was drawn with the description {description[:80]!r}")
         return self._by_description[description]
+
+    def with_target(self, picture: Shown, before: str | None = None) -> Known:
+        """The seed whose target is this picture, and whose source has the caption `before`. Refused where there is none."""
+        if self._targets is None:
+            self._targets = {}
+            for each in self.known:
+                sha = hashlib.sha256(encode_png(render(each.item.target, self.size))).hexdigest()
+                self._targets.setdefault(sha, []).append(each)
+        for each in self._targets.get(picture.sha256, ()):
+            if before is None or before.startswith(caption(each.item.source, each.item.language)):
+                return each
+        raise Refused("no seed was drawn with this target and source")
 
 
 class WorldAnnotator:
@@ -169,6 +218,24 @@ class WorldAnnotator:
         found = self._seen(question.pictures[-1], told["description"])
         return {"verdict": found.verdict, "why": found.reason}
 
+    def _grade(self, question: Question, told: Any) -> dict[str, Any]:
+        one = self.world.described(told["scene"]).item
+        found = _judged(one.source, one.target, question.pictures[0].sha256, str(question.pictures[0].path))
+        scene = 2 if found.exact else 1 if found.preservation >= 6 else 0
+        return {"scene": scene, "law": int(3 * found.success / 10), "why": f"{found.success:g} of 10 of the effect is there."}
+
+    def _rewrite(self, question: Question, told: Any) -> dict[str, Any]:
+        return rewritten(self.world.described(told["scene"]).item)
+
+    def _rewrite_pair(self, question: Question, told: Any) -> dict[str, Any]:
+        return rewritten(self.world.with_target(question.pictures[1], told["source_caption"]).item)
+
+    def _compare(self, question: Question, told: Any) -> dict[str, Any]:
+        one = self.world.with_target(question.pictures[1], told["source_caption"]).item
+        found = _judged(one.target, one.source, question.pictures[0].sha256, str(question.pictures[0].path))
+        marks = {"identity": found.preservation, "plausible_before": found.success, "quality": round(found.quality, 2)}
+        return {**marks, "why": "It was read from the pixels."}
+
     def _seen(self, picture: Shown, description: str) -> Assessment:
         one = self.world.described(description).item
         return _assessed(one, picture.sha256, str(picture.path))
@@ -177,6 +244,21 @@ class WorldAnnotator:
 @lru_cache(maxsize=4096)
 def _assessed(one: Item, sha256: str, path: str) -> Assessment:
     return assess_picture(one.source, one.target, pixels_of(Path(path)), one.language)
+
+
+@lru_cache(maxsize=4096)
+def _judged(before: Scene, after: Scene, sha256: str, path: str) -> Judgement:
+    return judge(before, after, pixels_of(Path(path)))
+
+
+def rewritten(one: Item) -> dict[str, Any]:
+    """The answer to Reason50K's rewriting question: the words of the item, both captions, and what changes."""
+    nouns = tables(one.language).NOUNS
+    looks = [one.source.look(cell) or one.target.look(cell) for cell in CELLS if one.source.look(cell) != one.target.look(cell)]
+    objects = [nouns[look.kind][0] for look in looks] or [background_name(one.source.background, one.language)]
+    before, after = (caption(scene, one.language) for scene in (one.source, one.target))
+    told = {"instruction": one.instruction, "source_caption": before, "target_caption": after}
+    return {**told, "objects": list(dict.fromkeys(objects))}
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -221,3 +303,33 @@ class PlantedEditor:
             if edits and together(canonical(edits, shown, known.item.language), known.item.language) == instruction:
                 return pixels if dice.below(6) == 0 else apply(shown, edits)
         return pixels
+
+
+class PlantedPainter:
+    """Paints drawn scenes: a target out of its description, at the first try now and then without the effect; candidates for
+    the source, of which one in three is right, and the others are the target itself, spoiled, or another scene."""
+
+    def __init__(self, world: World, name: str = "drawn") -> None:
+        self.world, self.name = world, name
+
+    def paint(
+        self, prompt: str, seed: int, size: tuple[int, int] | None = None, like: Shown | None = None
+    ) -> tuple[bytes, tuple[int, int]]:
+        """(PNG, (width, height))."""
+        dice = Dice("painted", self.name, prompt, like.sha256 if like else "", seed)
+        if like is None:
+            one = self.world.described(prompt).item
+            made: Scene | np.ndarray = one.source if seed == 0 and dice.below(4) == 0 else one.target
+        else:
+            one = self.world.with_target(like, prompt).item
+            kind = dice.below(6)
+            if kind < 2:
+                made = one.source
+            elif kind == 2:
+                made = one.target
+            elif kind == 3:
+                made = spoiled(one.source, dice.below(1 << 30), self.world.size)
+            else:
+                made = item(dice.below(1 << 30), "concrete", "train").source
+        pixels = render(made, self.world.size) if isinstance(made, Scene) else made
+        return encode_png(pixels), (pixels.shape[1], pixels.shape[0])

@@ -4,6 +4,7 @@ A pipeline is an async function of one item, which asks question after question 
 `Rejected`; `session.py` runs it over all items and writes what came of them. Every answer is in the journal before it is used,
 so a run that was killed goes on where it was.
 
-A further pipeline (Reason50K's is still to come) is a module with a class of the form `session.Pipeline`, a prompt file in
-prompts/ with its replies in `prompts.REPLIES`, and a command: `_add_NAME` in `cli.py`, `run_NAME` in `commands.py`.
+A further pipeline is a module with a class of the form `session.Pipeline`, a prompt file in prompts/ with its replies in
+`prompts.REPLIES`, and a command: `_add_NAME` in `cli.py`, and what it means in `commands.JOBS`, from which workers of Ray
+start as well.
 """

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line. A further pipeline is one more function in the list."""
     parser = Parser(prog="reasonedit-data", description="Make training records by asking a model, resumable to the question.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (_add_thinking_pairs, _add_reflection_triples, _add_from_traces, _add_feedback, _add_mini_seeds):
+    for add in (_add_thinking_pairs, _add_reflection_triples, _add_reason50k, _add_from_traces, _add_feedback, _add_mini_seeds):
         add(commands)
     return parser
 
@@ -82,11 +82,14 @@ def _asking(parser: argparse.ArgumentParser, second: str) -> None:
     add("--price", metavar="IN,OUT", help="of a million tokens, to state the cost")
     add("--retry", action="store_true", help="ask again what was rejected before")
     add("--limit", type=whole(1, 10**9), metavar="N", help="only the first N seeds")
+    add("--ray", type=whole(1, 10_000), metavar="N", help="spread over N workers of Ray, each with --concurrency requests")
+    add("--ray-gpus", type=real(0, 64), default=0.0, metavar="X", help="GPUs, or shares of one, that each of them needs (0)")
+    add("--ray-address", metavar="ADDRESS", help="of a cluster that is there and shares this disk (one of this machine's own)")
 
 
 def _add_thinking_pairs(commands) -> None:
     words = "instructions -> what is to be painted: sorted, taken apart or made abstract, verified, deduplicated, split"
-    parser = _command(commands, "thinking-pairs", words, "run_thinking_pairs")
+    parser = _command(commands, "thinking-pairs", words, "run_pipeline")
     parser.add_argument("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction")
     _folder(parser)
     _asking(parser, "verifier")
@@ -96,7 +99,7 @@ def _add_thinking_pairs(commands) -> None:
 
 def _add_reflection_triples(commands) -> None:
     words = "source, result and verdict: edited by own systems, scored alone, decided, edited again, audited, balanced"
-    parser = _command(commands, "reflection-triples", words, "run_reflection_triples")
+    parser = _command(commands, "reflection-triples", words, "run_pipeline")
     add = parser.add_argument
     add("seeds", type=Path, metavar="SEEDS", help="records with an input picture and an instruction, best with a target too")
     _folder(parser)
@@ -115,9 +118,44 @@ def _add_reflection_triples(commands) -> None:
     add("--held-out", type=real(0, 1), default=0.02, metavar="X", help="pictures kept for validation (0.02)")
 
 
+def _add_reason50k(commands) -> None:
+    words = "laws of the world -> hypothetical questions with a picture before and one after: painted, checked, ranked, split"
+    parser = _command(commands, "reason50k", words, "run_pipeline")
+    add = parser.add_argument
+    add("seeds", type=Path, nargs="?", metavar="SEEDS", help="JSONL: id, category, scenario, law, scene")
+    add("--editworld", type=Path, metavar="PATH", help="pairs of EditWorld as well: its folder, or train.json")
+    _folder(parser)
+    add("--source-model", type=Path, metavar="DIR", help="text-to-image folder of diffusers, for the pictures before")
+    add("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights for it, image_encoder/ beside them")
+    add("--ip-scale", type=real(0, 2), default=0.6, metavar="X", help="how much they take after the picture after (0.6)")
+    add("--target-model", type=Path, metavar="DIR", help="for the pictures after (--source-model without its adapter)")
+    add("--size", type=whole(16, 8192), metavar="PX", help="sides of the pictures after (the model's)")
+    add("--steps", type=whole(1, 1000), metavar="N", help="sampling steps (the pipeline's)")
+    add("--guidance", type=real(0, 100), metavar="G", help="(the pipeline's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the models named here")
+    add("--dtype", choices=DTYPES, default="auto", help="of the text-to-image models")
+    _asking(parser, "judge")
+    add("--scenes", type=whole(0, 10_000), default=0, metavar="N", help="scenes to think of beside each seed's own (0)")
+    add("--tries", type=whole(1, 100), default=2, metavar="N", help="pictures after per scene until one is good (2)")
+    add("--least-grade", type=whole(0, 5), default=4, metavar="N", help="marks of 5 that a picture after needs (4)")
+    add("--candidates", type=whole(1, 1000), default=8, metavar="N", help="pictures before per picture after (8)")
+    add("--top", type=whole(1, 1000), default=1, metavar="N", help="of them that become records (1)")
+    add("--clip", type=Path, metavar="DIR", help="a CLIP on this disk; without it its gate and measure drop out")
+    add("--lpips", metavar="[NET=]FILE", help="network of torchvision's under LPIPS: alex, squeeze or vgg (alex); likewise")
+    add("--aesthetics", metavar="FUNCTION", help="FILE.py:FUNCTION or MODULE:FUNCTION, path -> number; likewise")
+    add("--spacy", metavar="NAME", help="spaCy pipeline that finds further objects")
+    add("--lpips-band", default="0.2,0.55", metavar="LEAST,MOST", help="distance of the two pictures (0.2,0.55)")
+    add("--least-clip", type=real(-1, 1), default=0.22, metavar="X", help="of a picture before and its caption (0.22)")
+    add("--most-ssim", type=real(-1, 1), default=0.95, metavar="X", help="likeness of the two pictures (0.95)")
+    add("--near", type=whole(0, 64), default=3, metavar="BITS", help="of 64 by which two pictures before must differ (3)")
+    add("--least-mark", type=real(0, 10), default=0.0, metavar="X", help="each of the judge's marks (0: any)")
+    add("--held-out", type=whole(0, 10**6), default=400, metavar="N", help="records per category for validation (400)")
+    add("--held-out-share", type=real(0, 1), default=0.1, metavar="X", help="of a category at most, where it is small (0.1)")
+
+
 def _add_from_traces(commands) -> None:
     words = "saved runs and what you said of them (`feedback`) -> records; no model is asked"
-    parser = _command(commands, "from-traces", words, "run_from_traces")
+    parser = _command(commands, "from-traces", words, "run_pipeline")
     parser.add_argument("traces", type=Path, nargs="+", metavar="PATH", help="run folders, PNGs of Save Trace, folders of such")
     _folder(parser)
     parser.add_argument("--held-out", type=real(0, 1), default=0.02, metavar="X", help="sources kept for validation (0.02)")
@@ -145,6 +183,7 @@ def _add_mini_seeds(commands) -> None:
     parser.add_argument("--count", type=whole(1, 10**6), default=20, metavar="N", help="(20)")
     parser.add_argument("--seed", type=whole(0, 2**20), default=0, metavar="S", help="(0)")
     parser.add_argument("--language", choices=("en", "zh"), help="(both)")
+    parser.add_argument("--for", dest="pipeline", choices=("reason50k", "others"), default="others", help="(others)")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,11 @@ def tell(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def run_thinking_pairs(args: argparse.Namespace) -> int:
+Job = tuple[Callable[[Any], Any], Sequence[Any]]
+"""(the pipeline of a runner, all items)."""
+
+
+def thinking_pairs(args: argparse.Namespace) -> Job:
     """`reasonedit-data thinking-pairs`."""
     from .seeds import read_seeds
     from .thinking_pairs import Options, ThinkingPairs
@@ -29,10 +33,10 @@ def run_thinking_pairs(args: argparse.Namespace) -> int:
     options = Options(args.keep_clear, args.held_out)
     annotator, second = _annotators(args, "verifier")
     seeds = read_seeds(args.seeds, args.limit)
-    return _run(args, lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds)
+    return lambda runner: ThinkingPairs(runner, annotator, second, args.out, options), seeds
 
 
-def run_reflection_triples(args: argparse.Namespace) -> int:
+def reflection_triples(args: argparse.Namespace) -> Job:
     """`reasonedit-data reflection-triples`."""
     from .reflection_triples import Options, ReflectionTriples, attempts
     from .seeds import read_seeds
@@ -49,16 +53,49 @@ def run_reflection_triples(args: argparse.Namespace) -> int:
             "--second-mllm), or do without the audit (--no-audit)."
         )
     items = attempts(read_seeds(args.seeds, args.limit), _editors(args), options)
-    return _run(args, lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items)
+    return lambda runner: ReflectionTriples(runner, annotator, judge, args.out, options), items
 
 
-def run_from_traces(args: argparse.Namespace) -> int:
+def reason50k(args: argparse.Namespace) -> Job:
+    """`reasonedit-data reason50k`."""
+    from .candidates import Gates
+    from .editworld import read_editworld
+    from .objects import SpacyExtractor
+    from .reason50k import Options, Reason50KPairs, plans, read_ideas
+
+    gates = Gates(_band(args.lpips_band), args.least_clip, args.most_ssim, args.near, args.least_mark)
+    counts = {"tries": args.tries, "grade": args.least_grade, "candidates": args.candidates, "top": args.top}
+    options = Options(**counts, gates=gates, held_out=args.held_out, share=args.held_out_share, scenes=args.scenes)
+    ideas = read_ideas(args.seeds, args.limit) if args.seeds else []
+    pairs = read_editworld(args.editworld, args.limit) if args.editworld else []
+    items = plans(ideas, pairs, options)
+    painter, before = _painters(args) if ideas else (None, None)
+    annotator, judge = _annotators(args, "judge")
+    extractor = SpacyExtractor(args.spacy) if args.spacy else None
+    measures = _measures(args)
+
+    def make(runner: Any) -> Reason50KPairs:
+        return Reason50KPairs(runner, annotator, judge, painter, before, args.out, measures, extractor, options)
+
+    return make, items
+
+
+def from_traces(args: argparse.Namespace) -> Job:
     """`reasonedit-data from-traces`."""
     from .from_traces import FromTraces, Options
     from .traces import find_traces
 
     options = Options(args.held_out, args.license)
-    return _run(args, lambda runner: FromTraces(runner, args.out, options), find_traces(args.traces))
+    return lambda runner: FromTraces(runner, args.out, options), find_traces(args.traces)
+
+
+JOBS: Mapping[str, Callable[[argparse.Namespace], Job]] = {
+    "thinking-pairs": thinking_pairs,
+    "reflection-triples": reflection_triples,
+    "reason50k": reason50k,
+    "from-traces": from_traces,
+}
+"""Pipeline -> what its command line means, here and in every worker of Ray."""
 
 
 def run_feedback(args: argparse.Namespace) -> int:
@@ -103,16 +140,19 @@ def run_feedback(args: argparse.Namespace) -> int:
 
 def run_mini_seeds(args: argparse.Namespace) -> int:
     """`reasonedit-data mini-seeds`."""
-    from ...mini.labelling import write_seeds
+    from ...mini.labelling import write_ideas, write_seeds
 
-    tell(f"{write_seeds(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
+    write = write_ideas if args.pipeline == "reason50k" else write_seeds
+    tell(f"{write(args.out, args.count, args.seed, language=args.language)}: {args.count} seeds")
     return 0
 
 
-def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[Any]) -> int:
+def run_pipeline(args: argparse.Namespace) -> int:
+    """Any of JOBS."""
     from .session import as_json, first_request, run
 
-    session = _session(args)
+    make, items = JOBS[args.command](args)
+    session = session_of(args)
     if args.dry_run:
         first = first_request(session, make, items)
         tell(as_json(first) if first else "nothing would be asked: the journal holds every answer")
@@ -123,6 +163,12 @@ def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[A
         if not args.quiet and (done % every == 0 or done == len(items)):
             say(f"{done} of {len(items)} items")
 
+    # Ray takes its time to start, which is lost where the journal holds every answer
+    if getattr(args, "ray", None) and first_request(session, make, items) is not None:
+        from .ray_workers import spread
+
+        told = spread(args, len(items), None if args.quiet else say)
+        tell(f"{told.answered} answers of {args.ray} workers")
     result = run(session, make, items, name=args.command, on_done=progress)
     for line in result.lines():
         tell(line)
@@ -133,7 +179,8 @@ def _run(args: argparse.Namespace, make: Callable[[Any], Any], items: Sequence[A
     return 0 if result.check.ok else EXIT_ERROR
 
 
-def _session(args: argparse.Namespace) -> Session:
+def session_of(args: argparse.Namespace) -> Session:
+    """How the run is made."""
     from .output import Prices
     from .runner import Limits
     from .session import Session
@@ -200,6 +247,53 @@ def _editors(args: argparse.Namespace) -> list[Any]:
         return [PlantedEditor(World(args.world))]
     loaded = [LoadedSystem.parse(text, device=args.device, dtype=args.dtype) for text in args.editor]
     return [SystemEditor(each, steps) for each in loaded for steps in args.edit_steps or [None]]
+
+
+def _painters(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(painter of the pictures after, of the pictures before); the planted one of a world where no model is named."""
+    from .painters import DiffusersPainter
+
+    drawn = None
+    if args.world is not None:
+        from ...mini.labelling import PlantedPainter, World
+
+        drawn = PlantedPainter(World(args.world))
+    if drawn is not None and args.source_model is None:
+        return drawn, drawn
+    if args.source_model is None or args.ip_adapter is None:
+        missing = "--source-model DIR" if args.source_model is None else "--ip-adapter FILE"
+        raise ConfigError(f"expected a text-to-image model and an IP-Adapter for the pictures before, found no {missing}.")
+    told = {name: getattr(args, name) for name in ("steps", "guidance", "device", "dtype")}
+    before = DiffusersPainter(args.source_model, args.ip_adapter, scale=args.ip_scale, **told)
+    if args.target_model is not None:
+        return DiffusersPainter(args.target_model, side=args.size, **told), before
+    if drawn is not None:
+        return drawn, before
+    return DiffusersPainter(args.source_model, side=args.size, **told), before
+
+
+def _measures(args: argparse.Namespace) -> Any:
+    from ...eval.encoders import Clip, UserScorer, lpips_of
+    from .candidates import Measures
+
+    device = _device(args.device) if args.clip or args.lpips else "cpu"
+    clip = Clip(args.clip, device) if args.clip else None
+    aesthetics = UserScorer(args.aesthetics) if args.aesthetics else None
+    return Measures(clip, lpips_of(args.lpips, device) if args.lpips else None, aesthetics)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _band(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--lpips-band: expected LEAST,MOST such as 0.2,0.55, found {text!r}. Correct it.") from None
+    return low, high
 
 
 def _own(folder: Path) -> Any:

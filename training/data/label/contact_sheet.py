@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ....reasonedit_core.files import write_whole
+from ...inline_picture import escaped, inline
 from ..records import Record
 from .output import share_of
 
@@ -34,7 +32,7 @@ def write_sheet(path: Path, records: Sequence[Record], number: int, rejects: Seq
     parts = [_article(record) for record in chosen]
     lines = [f"{each['item']}: {each['step']}: {each['reason']}. {each['note']}" for each in list(rejects)[:number]]
     if lines:
-        parts.append("<h2>Rejected</h2><ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>")
+        parts.append("<h2>Rejected</h2><ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>")
     words = f"{len(chosen)} of {len(records)} records, {len(rejects)} rejected"
     page = f'<!doctype html><meta charset="utf-8"><title>{words}</title><style>{_STYLE}</style><h1>{words}</h1>'
     return write_whole(path, (page + "".join(parts) + "\n").encode("utf-8", "replace"))
@@ -42,14 +40,14 @@ def write_sheet(path: Path, records: Sequence[Record], number: int, rejects: Seq
 
 def _article(record: Record) -> str:
     pictures = "".join(
-        f'<figure><img src="{_picture(record.picture(name))}" alt=""><figcaption>{_text(name)}</figcaption></figure>'
+        f'<figure><img src="{inline(record.picture(name), SIDE)}" alt=""><figcaption>{escaped(name)}</figcaption></figure>'
         for name in record.files
     )
-    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(words)}</td></tr>" for name, words in _rows(record))
+    rows = "".join(f"<tr><th>{escaped(name)}</th><td>{escaped(words)}</td></tr>" for name, words in _rows(record))
     steps = json.dumps([each.model_dump(exclude_none=True) for each in record.provenance], ensure_ascii=False, indent=1)
-    made = f"<details><summary>how it was made</summary><pre>{_text(steps)}</pre></details>"
+    made = f"<details><summary>how it was made</summary><pre>{escaped(steps)}</pre></details>"
     title = f"{record.id} ({record.kind}, {record.split})"
-    return f"<article><h2>{_text(title)}</h2>{pictures}<table>{rows}</table>{made}</article>"
+    return f"<article><h2>{escaped(title)}</h2>{pictures}<table>{rows}</table>{made}</article>"
 
 
 def _rows(record: Record) -> list[tuple[str, str]]:
@@ -65,19 +63,10 @@ def _rows(record: Record) -> list[tuple[str, str]]:
         rows += [("target", said.target_description), ("consistency", f"{said.scores.consistency:g}")]
         rows += [("reason", said.reason), ("verdict", said.verdict)]
         rows += [("second instruction", said.second_instruction)] if said.second_instruction else []
+    if record.reason50k:
+        said = record.reason50k
+        told = (("before", said.source_caption), ("after", said.target_caption), ("objects", ", ".join(said.objects)))
+        rows += [(name, words) for name, words in told if words]
+        if said.scores:
+            rows.append(("what was measured", ", ".join(f"{name} {value:g}" for name, value in said.scores.items())))
     return rows
-
-
-def _text(words: str) -> str:
-    return html.escape(words, quote=True)
-
-
-def _picture(path: Path) -> str:
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        small = ImageOps.exif_transpose(image).convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -85,7 +85,7 @@ def read_journal(path: Path) -> Contents:
     found.torn = len(lines.pop())
     for number, line in enumerate(lines, 1):
         try:
-            entry = _entry(line)
+            entry = entry_of(line.decode())
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):  # the file system may keep the length of a write and lose what was in it
                 found.torn += len(line) + 1
@@ -99,8 +99,9 @@ def read_journal(path: Path) -> Contents:
     return found
 
 
-def _entry(line: bytes) -> Entry:
-    told = json.loads(line.decode())
+def entry_of(line: str) -> Entry:
+    """The entry of a line. ValueError, TypeError, KeyError where it is none."""
+    told = json.loads(line)
     if not isinstance(told, dict) or not set(told) <= _NAMES:
         raise ValueError("not the keys of an entry")
     entry = Entry(**told)

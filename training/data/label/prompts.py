@@ -33,6 +33,11 @@ REPLIES: Mapping[str, type[Reply]] = {
     "score": replies.Scored,
     "decide": replies.Decided,
     "audit": replies.Audited,
+    "expand": replies.Expanded,
+    "grade": replies.Graded,
+    "rewrite": replies.Rewritten,
+    "rewrite_pair": replies.Rewritten,
+    "compare": replies.Compared,
 }
 """Question -> what is answered."""
 

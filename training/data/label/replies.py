@@ -13,15 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ....reasonedit_core.dialogue.replies import MAX_INSTRUCTION, MAX_REPLY
 from ....reasonedit_core.errors import MalformedReply
+from .hypothetical import unfit
 
 Text = Annotated[str, StringConstraints(pattern=r"\S", max_length=MAX_INSTRUCTION)]
 Count = Annotated[int, Field(ge=0, le=99)]
+Mark = Annotated[float, Field(ge=0, le=10)]
 
 
 class Reply(BaseModel):
     """All keys are needed, others are errors, no number is made from text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def unfit(self) -> tuple[str, str] | None:
+        """Why an answer of the right form is still none, as a code for reports and words for the annotator; mostly None."""
+        return None
 
 
 class Classified(Reply):
@@ -67,7 +73,7 @@ class Scored(Reply):
     major_conflicts: Count
     minor_conflicts: Count
     omissions: Count
-    raw_score: Annotated[float, Field(ge=0, le=10)]
+    raw_score: Mark
     reason: Text
 
 
@@ -92,6 +98,50 @@ class Audited(Reply):
     why: Text
 
 
+class Expanded(Reply):
+    """A further scene in which a law of the world has had its effect."""
+
+    scene: Text
+
+
+class Graded(Reply):
+    """A picture held against a scene and a law, by PhyBench's marks: scene 0..2, law 0..3."""
+
+    scene: Annotated[int, Field(ge=0, le=2)]
+    law: Annotated[int, Field(ge=0, le=3)]
+    why: Text
+
+
+class Rewritten(Reply):
+    """What the picture shows, what it would have shown before, and what somebody asks who has seen only that."""
+
+    instruction: Text
+    source_caption: Text
+    target_caption: Text
+    objects: list[Text] = Field(min_length=1, max_length=16)
+
+    def unfit(self) -> tuple[str, str] | None:
+        """It must suppose something, shortly, and not give the outcome away."""
+        return unfit(self.instruction, self.source_caption, self.target_caption)
+
+
+class Compared(Reply):
+    """A candidate for the picture before, beside the picture after: three marks 0..10."""
+
+    identity: Mark
+    plausible_before: Mark
+    quality: Mark
+    why: Text
+
+
+class UnfitReply(MalformedReply):
+    """An answer of the right form that cannot be used. reason: the code that stands in reports."""
+
+    def __init__(self, reason: str, message: str, raw: str) -> None:
+        super().__init__(f"{message}.", raw)
+        self.reason = reason
+
+
 def schema_of(reply: type[Reply]) -> dict[str, Any]:
     """The JSON schema of a reply, as endpoints take it: without the titles that only people read."""
     return _plain(reply.model_json_schema(by_alias=True))
@@ -100,14 +150,18 @@ def schema_of(reply: type[Reply]) -> dict[str, Any]:
 def read_reply(text: str, reply: type[Reply]) -> Reply:
     """The one JSON object in a reply, checked. Around it there may be thoughts in `<think>` and a code fence.
 
-    MalformedReply says what was expected and what was found, so that it can be told to the annotator.
+    MalformedReply says what was expected and what was found, so that it can be told to the annotator; UnfitReply likewise
+    where the form is right and the answer is not.
     """
     found = _object_in(text)
     try:
-        return reply.model_validate_json(json.dumps(found))
+        made = reply.model_validate_json(json.dumps(found))
     except ValidationError as error:
         faults = "; ".join(f"{_where(each)}: {each['msg']}" for each in error.errors(include_url=False)[:5])
         raise MalformedReply(f"expected JSON of the stated schema, found faults in it: {faults}.", text) from error
+    if (why := made.unfit()) is not None:
+        raise UnfitReply(*why, text)
+    return made
 
 
 def _where(fault: Any) -> str:

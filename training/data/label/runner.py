@@ -191,7 +191,8 @@ class Runner:
                 return replace(head, status=DONE, value=told, time=_now(), **spent.told())
             except MalformedReply as error:
                 more = " It was cut off: give answers more room (--extra-tokens)." if answer is not None and answer.cut else ""
-                fault, rejected = str(error), ("malformed", str(error)[:500] + more)
+                reason = getattr(error, "reason", "malformed")  # an UnfitReply has one of its own
+                fault, rejected = str(error), (reason, str(error)[:500] + more)
                 log.debug("%s of %s: attempt %d cannot be read: %s", question.prompt.id, item, attempt, error)
             except Refused as error:
                 self._silent = 0

@@ -18,7 +18,7 @@ from typing import Any
 from ....reasonedit_core.errors import ConfigError
 from ..statistics import interval
 from .items import Item
-from .marks import HEADLINE, SCALES, ItemScore, Scale, Values
+from .marks import HEADLINE, ItemScore, Scale, Values, scales_of
 
 KRIS_TYPES: Mapping[str, tuple[str, ...]] = {
     "factual": (
@@ -93,7 +93,7 @@ Scores = Sequence[tuple[Item, ItemScore]]
 
 def summarise(rule: Rule, scores: Scores) -> dict[str, Any]:
     """metric -> its overall row, and per group (KRIS: per type and dimension as well) -> metric -> row. See `_row`."""
-    metrics = SCALES[rule.bench]
+    metrics = scales_of(rule.bench)
     whole = {name: _overall(rule, scores, name, scale) for name, scale in metrics.items()}
     parts = {"groups": _split(scores, lambda item: item.group)}
     if rule.bench == "kris":

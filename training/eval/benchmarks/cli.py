@@ -12,6 +12,7 @@ from ....reasonedit_core.errors import ConfigError
 
 BENCHES = ("gedit", "imgedit", "kris", "rise", "reason50k")
 SYSTEM = ("reasonedit-s", "reasonedit-q", "mini-s", "mini-q")
+HOW = ("base", "think", "loop", "reroll")
 
 
 def add_commands(commands: Any) -> None:
@@ -66,7 +67,7 @@ def _generate(commands: Any) -> None:
         "--system",
         required=True,
         metavar="HOW",
-        help='base | think | loop | reroll, or cmd:"PROGRAM {source} {instruction} {out}"',
+        help='base | think | loop | reroll of --load; mini-s[:HOW] (loop); cmd:"PROGRAM {source} {instruction} {out}"',
     )
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="only every N-th item, from the I-th (1/1)")
     add("--seed", type=whole(0, MAX_SEED), default=0, metavar="S", help="each item's seed follows from it (0)")
@@ -106,7 +107,9 @@ def _asking(parser: argparse.ArgumentParser) -> None:
     add("--protocol", metavar="NAME", help="<bench>-re: our own wording; <bench>-official: that of --prompts (<bench>-re)")
     add("--prompts", type=Path, metavar="FILE", help="the benchmark's wording out of your copy of it: JSON, call -> text")
     add("--judge", required=True, metavar="WHO", help="openai:MODEL[@URL] | local:DIR | replay:FILE | scripted:FILE")
+    add("--identity", type=whole(0, 100), default=0, metavar="N", help="runs of a mark for identity preservation (0)")
     add("--anchors", type=whole(0, 10**6), default=0, metavar="N", help="items judged unedited, and by their target (0)")
+    add("--quirks", choices=("official",), help="GEdit: the edited picture is brought to its source's size, as in its script")
     add("--api-key-env", metavar="VAR", help="environment variable with the key (REASONEDIT_API_KEY)")
     add("--extra-tokens", type=whole(0, 1_000_000), default=0, metavar="N", help="room for models that think first (0)")
     add("--timeout", type=real(0.001, 86400), default=120.0, metavar="S", help="seconds of one request (120)")
@@ -140,6 +143,11 @@ def _score(commands: Any) -> None:
     add("--quirks", choices=("official",), help="repeat the faults of the official script, to compare with it only")
     add("--clip", type=Path, metavar="DIR", help="a CLIP on this disk, for CLIP-T, CLIP-I and CLIP-dir")
     add("--dino", type=Path, metavar="DIR", help="a DINO or DINOv2 on this disk")
+    add("--lpips", metavar="[NET=]FILE", help="network of torchvision's under LPIPS: alex, squeeze or vgg (alex)")
+    add("--aesthetics", metavar="FUNCTION", help="FILE.py:FUNCTION or MODULE:FUNCTION, path -> number, more for better ones")
+    add("--masks", type=Path, metavar="DIR", help="masks named as the pictures are, white where the edit may change something")
+    add("--ratings", type=Path, metavar="CSV", help="people's scores (rater,id,score) for Ins-Align")
+    add("--ratings-scale", default="0,1", metavar="LEAST,BEST", help="of their scores (0,1)")
     add("--no-pixels", dest="pixels", action="store_false", help="do not measure differences of pixels")
 
 

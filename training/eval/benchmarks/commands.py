@@ -15,7 +15,7 @@ from ....reasonedit_core.files import write_json, write_whole
 from ...data.label.output import Prices
 from ...data.label.runner import Limits
 from ...program import printable
-from .cli import named_run
+from .cli import SYSTEM, named_run
 from .items import COUNTS, Item, Manifest, chosen, read_manifest
 
 EXIT_PROBLEM = 1
@@ -79,8 +79,11 @@ def _maker(args: argparse.Namespace) -> Any:
     kind, _, command = args.system.partition(":")
     if kind == "cmd" and command:
         return CommandMaker(command, args.timeout)
+    if kind in SYSTEM and args.load in (None, kind):  # a system's own name: the whole of it, or as said behind the colon
+        args.load, kind, command = kind, command or "loop", ""
     if kind not in KINDS or command:
-        raise ConfigError(f"--system: expected {', '.join(KINDS)} or cmd:COMMAND, found {args.system!r}. Correct it.")
+        names = ", ".join((*KINDS, *SYSTEM))
+        raise ConfigError(f"--system: expected one of {names}, SYSTEM:HOW or cmd:COMMAND, found {args.system!r}. Correct it.")
     if args.load is None:
         raise ConfigError(
             "--load: expected the name of a system such as reasonedit-s, found none. Name it, or use cmd:COMMAND."
@@ -149,17 +152,15 @@ def run_score(args: argparse.Namespace) -> int:
     folders = [args.folder / "judged" / args.judged] if args.judged else sorted((args.folder / "judged").glob("*"))
     if not folders:
         raise ConfigError(f"{args.folder}: expected judgements below judged/, found none. Run `reasonedit-eval judge` first.")
-    clip = dino = None
-    if args.clip or args.dino:
-        from .embeddings import Clip, Dino
-
-        clip, dino = args.clip and Clip(args.clip), args.dino and Dino(args.dino)
-    choice = Choice(args.aggregate, args.lang, args.missing, args.clamp, bool(args.quirks), args.pixels, clip, dino)
+    rules = (args.aggregate, args.lang, args.missing, args.clamp, bool(args.quirks), args.pixels)
+    choice = Choice(*rules, _scorers(args), args.masks, _ratings(args))
     for folder in folders:
         told = score_judged(manifest, args.folder, folder, choice)
         row = headline(manifest.bench, told)
         mean = "no score" if row["mean"] is None else f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         tell(f"{folder / SCORES}: {told['aggregate']}: {mean}, n {row['n_scored']}/{row['n']}")
+        if (people := told["ins_align"]) is not None:
+            tell(f"  Ins-Align: {people['mean']:.3f}, n {people['n_scored']}/{people['n']}, {len(people['raters'])} raters")
         for anchor, found in told["anchors"].items():
             if found:
                 own = headline(manifest.bench, {"overall": found})
@@ -267,6 +268,35 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0 if good else EXIT_PROBLEM
 
 
+def _scorers(args: argparse.Namespace) -> Any:
+    """What is named of CLIP, DINO, LPIPS and a user's function; None where nothing is."""
+    if not (args.clip or args.dino or args.lpips or args.aesthetics):
+        return None
+    from ..encoders import Clip, Dino, UserScorer, lpips_of
+    from .embeddings import Scorers
+
+    return Scorers(
+        Clip(args.clip) if args.clip else None,
+        Dino(args.dino) if args.dino else None,
+        lpips_of(args.lpips) if args.lpips else None,
+        UserScorer(args.aesthetics) if args.aesthetics else None,
+    )
+
+
+def _ratings(args: argparse.Namespace) -> Any:
+    if args.ratings is None:
+        return None
+    from .ratings import read_ratings
+
+    try:
+        low, best = (float(part) for part in args.ratings_scale.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--ratings-scale: expected LEAST,BEST such as 0,1, found {args.ratings_scale!r}. Correct it."
+        ) from None
+    return read_ratings(args.ratings, (low, best))
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------------
 
 
@@ -279,13 +309,20 @@ def _chosen(manifest: Manifest, args: argparse.Namespace) -> list[Item]:
 
 def _protocol(manifest: Manifest, args: argparse.Namespace) -> tuple[Any, Any]:
     from .judges import make_judge
-    from .protocols import load_protocol
+    from .protocols import load_protocol, with_identity
 
     wording = "official" if args.prompts else "re"
     protocol = load_protocol(args.protocol or f"{manifest.bench}-{wording}", args.prompts)
     key = os.environ.get(args.api_key_env) if args.api_key_env else None
     if args.api_key_env and not key:
         raise ConfigError(f"--api-key-env: expected a key in the environment variable {args.api_key_env}, found none. Set it.")
+    protocol = with_identity(protocol, args.identity)
+    if args.quirks:
+        if manifest.bench != "gedit":
+            raise ConfigError(
+                f"--quirks: expected a manifest of gedit, whose script resizes, found {manifest.bench}. Leave it out."
+            )
+        protocol = replace(protocol, resized=True)
     judge = make_judge(args.judge, protocol, api_key=key, timeout=args.timeout, extra_tokens=args.extra_tokens)
     return protocol, judge
 

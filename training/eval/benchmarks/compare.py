@@ -100,7 +100,7 @@ def _agreement(role: str, name: str, pairs: Sequence[tuple[int, int]]) -> dict[s
         "role": role,
         "mark": name,
         "n": len(pairs),
-        "spearman": _correlation(_ranks(x), _ranks(y)),
+        "spearman": rank_correlation(x, y),
         "kappa": weighted_kappa(x, y),
         "bias": float((y - x).mean()),
         "equal": float((x == y).mean()),
@@ -111,6 +111,11 @@ def weighted_kappa(x: np.ndarray, y: np.ndarray) -> float | None:
     """Cohen's kappa with quadratic weights: 1 - mean (x - y)^2 / the same over all pairings of the two; None for 0 / 0."""
     chance = float(x.var() + y.var() + (x.mean() - y.mean()) ** 2)
     return None if chance == 0 else 1 - float(((x - y) ** 2).mean()) / chance
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's, of equally many numbers; None where one side is all alike."""
+    return _correlation(_ranks(np.asarray(x, np.float64)), _ranks(np.asarray(y, np.float64)))
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:

@@ -47,8 +47,8 @@ class Item:
     """One thing to edit. group: the benchmark's category. sources, and of refs those in PICTURES: paths relative to the
     manifest.
 
-    refs: what else the benchmark knows (gt_img, explain, reference_img, input_text, output_text); flags: intersection,
-    consistency_free.
+    refs: what else the benchmark knows (gt_img, explain, reference_img, input_text, output_text; mask: white where the edit may
+    change the picture); flags: intersection, consistency_free.
     """
 
     bench: str
@@ -61,7 +61,7 @@ class Item:
     flags: Mapping[str, bool] = field(default_factory=dict)
 
 
-PICTURES = ("gt_img", "reference_img")
+PICTURES = ("gt_img", "reference_img", "mask")
 """Names of refs that are pictures."""
 
 

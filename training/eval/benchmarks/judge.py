@@ -11,6 +11,7 @@ it has one ("ground-truth"), on items that follow from their hashes.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from collections import Counter
@@ -23,13 +24,13 @@ from ....reasonedit_core.errors import ConfigError
 from ....reasonedit_core.files import write_json, write_whole
 from ...data.label.annotators import Annotator, Shown, shown
 from ...data.label.journal import FILE_NAME, Entry, Journal, read_journal
-from ...data.label.output import Prices, report
+from ...data.label.output import Prices, keep_picture, report
 from ...data.label.pace import Rejected, for_all
 from ...data.label.runner import Limits, Runner, key_of
 from ...data.pictures import PictureFault
 from .items import Item, Manifest, chosen
 from .outputs import OUTPUTS, find_output
-from .protocols import Protocol, calls_of, inputs_of, shown_names
+from .protocols import Protocol, inputs_of, roles_of, shown_names
 
 JUDGEMENTS, ABOUT = "judgements.jsonl", "judge.json"
 
@@ -55,6 +56,7 @@ class Task:
 def folder_of(run: Path, protocol: Protocol, judge: str) -> Path:
     """Where the judgements of a run by one judge lie."""
     named = f"{protocol.name}-{protocol.prompts[:8]}" if protocol.prompts else protocol.name
+    named += "-resized" if protocol.resized else ""
     return run / "judged" / f"{named}--{re.sub(r'[^A-Za-z0-9._-]+', '_', judge)}"
 
 
@@ -64,11 +66,11 @@ def tasks_of(manifest: Manifest, run: Path | None, protocol: Protocol, anchors: 
     tasks = []
     for item in items:
         edited = find_output(run / OUTPUTS, item) if run else None
-        tasks += [Task(item, role, call, edited) for role, call in calls_of(item).items() if edited]
+        tasks += [Task(item, role, call, edited) for role, call in roles_of(item, protocol).items() if edited]
     for name, able in ((NO_EDIT, list(items)), (GROUND_TRUTH, [item for item in items if "gt_img" in item.refs])):
         for item in chosen(able, anchors, "anchor"):
             edited = manifest.picture(item, "gt_img") if name == GROUND_TRUTH else manifest.sources(item)[0]
-            tasks += [Task(item, role, call, edited, name) for role, call in calls_of(item).items()]
+            tasks += [Task(item, role, call, edited, name) for role, call in roles_of(item, protocol).items()]
     for task in tasks:
         if task.call not in protocol.calls:
             raise ConfigError(
@@ -112,7 +114,7 @@ def judge_run(
         runner = Runner(kept, limits, retry=retry)
 
         async def one(task: Task) -> dict[str, Any]:
-            return await _row(runner, manifest, protocol, annotator, task)
+            return await _row(runner, manifest, protocol, annotator, task, folder)
 
         done = None if on_done is None else (lambda count: on_done(count, len(tasks)))
         found = asyncio.run(for_all(tasks, one, at_once=2 * limits.concurrency, on_done=done))
@@ -131,6 +133,7 @@ def judge_run(
         "manifest": manifest.sha256,
         "items": len(items),
         "max_side": protocol.max_side,
+        "resized": protocol.resized,
         **spent,
     }
     write_whole(folder / JUDGEMENTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -146,13 +149,15 @@ def _check_bench(manifest: Manifest, protocol: Protocol) -> None:
         )
 
 
-async def _row(runner: Runner, manifest: Manifest, protocol: Protocol, annotator: Annotator, task: Task) -> dict[str, Any]:
+async def _row(
+    runner: Runner, manifest: Manifest, protocol: Protocol, annotator: Annotator, task: Task, folder: Path
+) -> dict[str, Any]:
     question = protocol.calls[task.call]
     inputs = inputs_of(task.item, question)
     row: dict[str, Any] = {"item": task.item.id, "role": task.role, "call": task.call, "anchor": task.anchor}
     try:
         row["edited"] = shown(task.edited).sha256
-        pictures = pictures_of(manifest, protocol, task)
+        pictures = pictures_of(manifest, protocol, task, folder)
         key = key_of(question.step, f"{question.id}+{question.digest}", annotator.name, inputs, pictures)
         reply, entry = await runner.ask(task.item.id, question, inputs, pictures, annotator)
     except PictureFault as fault:
@@ -174,11 +179,26 @@ def _missing(item: Item, protocol: Protocol, annotator: Annotator) -> dict[str, 
     return {**row, "protocol": protocol.name, "judge": annotator.name}
 
 
-def pictures_of(manifest: Manifest, protocol: Protocol, task: Task) -> list[Shown]:
-    """The pictures of a call, in order. Raises PictureFault for one that is none."""
+def pictures_of(manifest: Manifest, protocol: Protocol, task: Task, folder: Path) -> list[Shown]:
+    """The pictures of a call, in order. folder: where resized ones are kept. Raises PictureFault for one that is none."""
+    edited = _resized(task.edited, manifest.sources(task.item)[0], folder) if protocol.resized else task.edited
     refs = {name: [path] for name in ("gt_img", "reference_img") if (path := manifest.picture(task.item, name)) is not None}
-    named = {"sources": manifest.sources(task.item), "edited": [task.edited], **refs}
+    named = {"sources": manifest.sources(task.item), "edited": [edited], **refs}
     return [shown(path) for path in shown_names(protocol.calls[task.call], named)]
+
+
+def _resized(edited: Path, source: Path, folder: Path) -> Path:
+    """The edited picture at the size of its source, stretched where the shapes differ; itself where it has it."""
+    from PIL import Image, ImageOps
+
+    size = shown(source).size
+    if shown(edited).size == size:
+        return edited
+    with Image.open(edited) as image:
+        made = ImageOps.exif_transpose(image).convert("RGB").resize(size)  # Pillow's default filter, as their script has it
+    buffer = io.BytesIO()
+    made.save(buffer, format="PNG")
+    return keep_picture(buffer.getvalue(), size, folder).path
 
 
 # ---- before any money is spent ---------------------------------------------------------------------------------------------
@@ -215,13 +235,17 @@ def estimate(
     _check_bench(manifest, protocol)
     tasks = tasks_of(manifest, run, protocol, anchors, items)
     if run is None:
-        tasks += [Task(item, role, call, manifest.sources(item)[0]) for item in items for role, call in calls_of(item).items()]
+        tasks += [
+            Task(item, role, call, manifest.sources(item)[0])
+            for item in items
+            for role, call in roles_of(item, protocol).items()
+        ]
     entries = read_journal(folder_of(run, protocol, judge) / FILE_NAME).entries if run else {}
     known = tokens_in = tokens_out = 0
     for task in tasks:
         question, inputs = protocol.calls[task.call], inputs_of(task.item, protocol.calls[task.call])
         if entries:
-            pictures = pictures_of(manifest, protocol, task)
+            pictures = pictures_of(manifest, protocol, task, folder_of(run, protocol, judge))
             if key_of(question.step, f"{question.id}+{question.digest}", judge, inputs, pictures) in entries:
                 known += 1
                 continue

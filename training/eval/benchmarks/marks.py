@@ -7,12 +7,12 @@ A number is None where an answer is missing or cannot be read. It stays None: no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ....reasonedit_core.mini.dice import digest
 from .items import Item
-from .protocols import calls_of, is_logical
+from .protocols import IDENTITY, calls_of, is_logical
 
 Marks = Mapping[str, Mapping[str, int] | None]
 """Role -> mark -> number; None where there is no answer that can be read."""
@@ -56,21 +56,39 @@ SCALES: Mapping[str, Mapping[str, Scale]] = {
     "rise": {name: Scale(0, 100, 1) for name in ("consistency", "reasoning", "plausibility", "score", "accuracy")},
     "reason50k": {"mllm": Scale(0, 1, 3), "ins_align_proxy": Scale(0, 1, 3)},
 }
-"""Metrics per benchmark. The headline is the last one, but the first of Reason50K."""
+"""Metrics per benchmark."""
+
+EVERYWHERE: Mapping[str, Scale] = {IDENTITY: Scale(0, 10)}
+"""Metrics that can be asked for beside those of any benchmark."""
+
+
+def scales_of(bench: str) -> dict[str, Scale]:
+    """Metric -> scale, of a benchmark and of EVERYWHERE."""
+    return {**SCALES[bench], **EVERYWHERE}
+
 
 HEADLINE: Mapping[str, str] = {"gedit": "O", "imgedit": "score", "kris": "score", "rise": "accuracy", "reason50k": "mllm"}
 
 
-def score_item(item: Item, marks: Marks, options: Options) -> ItemScore:
-    """The numbers of an item. marks: by role, as `protocols.calls_of` names them."""
+def score_item(item: Item, marks: Marks, options: Options, every: Sequence[str] = ()) -> ItemScore:
+    """The numbers of an item. marks: by role, as `protocols.calls_of` names them; every: the roles that were asked of every
+    item beside these, which are the runs of identity preservation."""
     complete = {role: marks.get(role) for role in calls_of(item)}
-    return _RULES[item.bench](item, complete, options)
+    found = _RULES[item.bench](item, complete, options)
+    runs = [marks.get(role) for role in every]
+    return replace(found, metrics={**found.metrics, **_identity(runs)}) if runs else found
 
 
-def worst(item: Item, options: Options) -> ItemScore:
+def _identity(runs: Sequence[Mapping[str, int] | None]) -> dict[str, Values]:
+    """The mean of the runs that have a mark (Complex-Edit); None where none has."""
+    values = [float(found[IDENTITY]) for found in runs if found is not None]
+    return {IDENTITY: (sum(values) / len(values) if values else None,)}
+
+
+def worst(item: Item, options: Options, every: Sequence[str] = ()) -> ItemScore:
     """What an item counts as when a missing picture is to count as the worst one: every metric at its least."""
-    shape = score_item(item, {}, options).metrics
-    return ItemScore({name: (SCALES[item.bench][name].low,) * len(values) for name, values in shape.items()})
+    shape, scales = score_item(item, {}, options, every).metrics, scales_of(item.bench)
+    return ItemScore({name: (scales[name].low,) * len(values) for name, values in shape.items()})
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------------

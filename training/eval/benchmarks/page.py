@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ....reasonedit_core.files import write_whole
+from ...inline_picture import escaped, inline
 from .items import Item, Manifest
 from .outputs import OUTPUTS, find_output
 from .tables import Table, cells_of
@@ -42,20 +40,20 @@ def write_page(path: Path, table: Table, manifest: Manifest, runs: Mapping[str, 
     """Write the page; its pictures are small JPEGs inside it."""
     title = f"{table.bench}: {', '.join(runs)}"
     parts = [
-        f'<!doctype html><meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style><h1>{_text(title)}</h1>'
+        f'<!doctype html><meta charset="utf-8"><title>{escaped(title)}</title><style>{_STYLE}</style><h1>{escaped(title)}</h1>'
     ]
-    parts += [_table(table), *(f"<p>{_text(remark)}</p>" for remark in table.remarks)]
+    parts += [_table(table), *(f"<p>{escaped(remark)}</p>" for remark in table.remarks)]
     parts += [_article(manifest, item, runs) for item in items]
     return write_whole(path, ("\n".join(parts) + "\n").encode("utf-8", "replace"))
 
 
 def _table(table: Table) -> str:
     head, body = cells_of(table)
-    rows = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in ("system", *head)) + "</tr>"]
+    rows = ["<tr>" + "".join(f"<th>{escaped(cell)}</th>" for cell in ("system", *head)) + "</tr>"]
     for row, cells in body:
         name = row.name if row.source is None else f"{row.name} [{row.source}]"
         kind = "" if row.source is None else ' class="published"'
-        rows.append(f"<tr{kind}>" + "".join(f"<td>{_text(cell)}</td>" for cell in (name, *cells)) + "</tr>")
+        rows.append(f"<tr{kind}>" + "".join(f"<td>{escaped(cell)}</td>" for cell in (name, *cells)) + "</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -66,10 +64,10 @@ def _article(manifest: Manifest, item: Item, runs: Mapping[str, Shown]) -> str:
     for name, run in runs.items():
         edited = find_output(run.folder / OUTPUTS, item)
         if edited is None:
-            figures.append(f'<figure><p class="none">no picture</p><figcaption>{_text(name)}</figcaption></figure>')
+            figures.append(f'<figure><p class="none">no picture</p><figcaption>{escaped(name)}</figcaption></figure>')
         else:
             figures.append(_figure(edited, name, *_words(item, run)))
-    return f"<article><h2>{_text(item.id)}: {_text(item.instruction)}</h2>{''.join(figures)}</article>"
+    return f"<article><h2>{escaped(item.id)}: {escaped(item.instruction)}</h2>{''.join(figures)}</article>"
 
 
 def _words(item: Item, run: Shown) -> list[str]:
@@ -87,20 +85,5 @@ def _words(item: Item, run: Shown) -> list[str]:
 
 
 def _figure(path: Path, *words: str) -> str:
-    lines = "<br>".join(_text(each) for each in words)
-    return f'<figure><img src="{_picture(path)}" alt=""><figcaption>{lines}</figcaption></figure>'
-
-
-def _text(words: str) -> str:
-    return html.escape(words, quote=True)
-
-
-def _picture(path: Path) -> str:
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        small = ImageOps.exif_transpose(image).convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    lines = "<br>".join(escaped(each) for each in words)
+    return f'<figure><img src="{inline(path, SIDE, "JPEG")}" alt=""><figcaption>{lines}</figcaption></figure>'

@@ -39,6 +39,17 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(flat, dtype=np.float64) / 255
 
 
+def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A mask file, white where an edit may change the picture -> (H, W), True where it may not, at `size` (width, height).
+
+    Grey counts as white from the middle on. DataError for a file that is no picture, and for one that is white all over.
+    """
+    white = read_picture(path, size).mean(axis=2) >= 0.5
+    if white.all():
+        raise DataError(f"{path}: expected a mask with black in it, where nothing may change, found white alone. Draw it anew.")
+    return ~white
+
+
 def l1(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Mean absolute difference, 0..1."""
     _check(a, b, mask)
@@ -84,15 +95,31 @@ def shift(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def compare(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float | None]:
-    """All of them: l1, psnr (None for equal pictures, which have none), ssim, shift (pixels, length)."""
-    decibels = psnr(a, b, mask)
+    """All of them: l1, psnr (None for equal pictures, which have none), ssim (None where no window lies inside), shift (pixels,
+    length, of the whole pictures). With a mask, ssim is of the pixels whose whole window counts: what lies beyond the mask
+    would be seen through its border else."""
+    decibels, whole = psnr(a, b, mask), None if mask is None else _shrunk(mask)
     right, down = shift(a, b)
     return {
         "l1": round(l1(a, b, mask), 6),
         "psnr": round(decibels, 4) if math.isfinite(decibels) else None,
-        "ssim": round(ssim(a, b, mask), 6) if min(a.shape[:2]) > 2 * _RADIUS else None,
+        "ssim": round(ssim(a, b, whole), 6) if _inside(a, whole) else None,
         "shift": round(math.hypot(right, down), 3),
     }
+
+
+def _shrunk(mask: np.ndarray) -> np.ndarray:
+    """The pixels around which all that SSIM's window covers is in the mask; beyond the picture nothing is missing."""
+    for axis in (0, 1):
+        wide = np.pad(mask, [(_RADIUS, _RADIUS) if each == axis else (0, 0) for each in (0, 1)], constant_values=True)
+        mask = np.all([wide.take(range(at, at + mask.shape[axis]), axis=axis) for at in range(2 * _RADIUS + 1)], axis=0)
+    return mask
+
+
+def _inside(a: np.ndarray, mask: np.ndarray | None) -> bool:
+    """There is a pixel that counts and whose window lies inside the picture."""
+    whole = min(a.shape[:2]) > 2 * _RADIUS
+    return whole and (mask is None or bool(mask[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS].any()))
 
 
 def _fine(line: np.ndarray, at: int) -> float:

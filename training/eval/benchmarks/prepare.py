@@ -14,6 +14,8 @@ from typing import Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ....reasonedit_core.files import write_many
+from ...data.records import FILE_NAME as RECORDS
+from ...data.records import read_records
 from .items import COUNTS, Item, count_remarks, write_manifest
 
 AT_ONCE = 64
@@ -159,14 +161,29 @@ def _read_rise(source: Path, images: Path | None) -> Iterator[Found]:
 
 def _read_reason50k(source: Path, images: Path | None) -> Iterator[Found]:
     """Our own layout, as none was found public: reason50k.jsonl with id, category, instruction, image, and where they are
-    known input_text, output_text, target."""
+    known input_text, output_text, target, mask; or what `reasonedit-data reason50k` wrote, whose held-out part is taken."""
+    records = source if source.name == RECORDS else source / RECORDS
+    if records.is_file():
+        yield from _held_out(records)
+        return
     path = source if source.is_file() else source / "reason50k.jsonl"
     for row in _lines(path, "reason50k.jsonl"):
         group, root = _text(row, "category", path), images or path.parent
         texts = _texts(row, input_text="input_text", output_text="output_text")
         item = Item("reason50k", _text(row, "id", path), group, _text(row, "instruction", path), (), refs=texts)
-        target = {"gt_img": _picture(root, row["target"], item.id)} if row.get("target") else {}
-        yield Found(item, (_picture(root, _text(row, "image", path), item.id),), target)
+        names = {"gt_img": "target", "mask": "mask"}
+        shown = {ours: _picture(root, row[theirs], item.id) for ours, theirs in names.items() if row.get(theirs)}
+        yield Found(item, (_picture(root, _text(row, "image", path), item.id),), shown)
+
+
+def _held_out(path: Path) -> Iterator[Found]:
+    for record in read_records(path, splits=("held_out",), kinds=("hypothetical",)):
+        said = record.reason50k
+        texts = {"input_text": said.source_caption, "output_text": said.target_caption}
+        refs = {name: text for name, text in texts.items() if text}
+        item = Item("reason50k", record.id, said.scenario, said.hypothetical, (), record.lang, refs)
+        before, after = (_picture_of(record.picture(name), record.id) for name in ("input", "target"))
+        yield Found(item, (before,), {"gt_img": after})
 
 
 READERS: Mapping[str, Callable[[Path, Path | None], Iterator[Found]]] = {
@@ -232,9 +249,14 @@ def _picture(folder: Path, name: str, item: str) -> tuple[str, bytes]:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{item}: expected a picture below {folder}, found {name!r}, which leads out of it. Correct the entry.")
+    return _picture_of(path, item, name)
+
+
+def _picture_of(path: Path, item: str, name: str | None = None) -> tuple[str, bytes]:
     try:
-        return name, path.read_bytes()
+        return name or path.name, path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{item}: expected the picture {name!r} in {folder}, found none ({error.strerror}). Name its folder with --images."
+            f"{item}: expected the picture {name or path.name!r} in {path.parent}, found none ({error.strerror}). Name its "
+            "folder with --images."
         ) from error

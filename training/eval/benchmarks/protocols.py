@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ....reasonedit_core.errors import ConfigError
 from .items import BENCHES, Item
@@ -36,7 +37,9 @@ def is_logical(item: Item) -> bool:
 @dataclass(frozen=True, slots=True)
 class Protocol:
     """name: as tables show it; aggregate: the rule that its marks are counted by unless another is asked for; max_side: of
-    pictures as the judge sees them; prompts: sha256 of the user's copy, None for our own wording."""
+    pictures as the judge sees them; prompts: sha256 of the user's copy, None for our own wording; every: calls that are made
+    of every item beside its benchmark's; resized: the edited picture is brought to its source's size before it is judged, as
+    GEdit's script does, which hides a changed shape."""
 
     name: str
     bench: str
@@ -44,11 +47,14 @@ class Protocol:
     max_side: int
     calls: Mapping[str, JudgeQuestion]
     prompts: str | None = None
+    every: tuple[str, ...] = ()
+    resized: bool = False
 
     @property
     def digest(self) -> str:
         """16 hex digits that change with any question."""
-        told = [[name, question.id, question.digest] for name, question in sorted(self.calls.items())]
+        told: list = [[name, question.id, question.digest] for name, question in sorted(self.calls.items())]
+        told += ["resized"] if self.resized else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -98,6 +104,31 @@ def calls_of(item: Item) -> dict[str, str]:
             return ({"mllm": "mllm"} if item.refs.get("output_text") else {}) | {"align": "align"}
 
 
+IDENTITY = "identity"
+"""What the roles of identity's runs begin with: identity_1, identity_2, ..."""
+
+
+def with_identity(protocol: Protocol, runs: int) -> Protocol:
+    """The protocol with `runs` runs of the question for identity preservation, which differ in name and seed alone.
+
+    Complex-Edit takes the mean of 20. Each run is a question of its own, so that all are kept and none is asked twice.
+    """
+    if not runs:
+        return protocol
+    own, shared = _identity(), next(iter(_read(protocol.bench).calls.values()))
+    names = [f"{IDENTITY}_{number}" for number in range(1, runs + 1)]
+    calls = {
+        name: replace(own, step=f"{protocol.bench}-{name}", system=shared.system, correction=shared.correction)
+        for name in names
+    }
+    return replace(protocol, calls={**protocol.calls, **calls}, every=tuple(names))
+
+
+def roles_of(item: Item, protocol: Protocol) -> dict[str, str]:
+    """`calls_of`, and the calls that the protocol makes of every item."""
+    return {**calls_of(item), **{name: name for name in protocol.every}}
+
+
 def _kris_calls(item: Item) -> dict[str, str]:
     instruction = "instruction"
     if item.group in KNOWLEDGE and item.refs.get("explain"):
@@ -122,30 +153,44 @@ def inputs_of(item: Item, question: JudgeQuestion) -> dict[str, str]:
 
 @cache
 def _read(bench: str) -> Protocol:
-    path = files(__package__) / "protocols" / f"{bench}.toml"
+    told = _file(bench)
+    calls = {name: _question(f"{bench}-{name}", entry, told) for name, entry in told["call"].items()}
+    return Protocol(f"{bench}-re", bench, told["aggregate"], told["max_side"], calls)
+
+
+@cache
+def _identity() -> JudgeQuestion:
+    """Of no benchmark, so that its system text, correction and size are those of the one it is asked beside."""
+    told = _file(IDENTITY)
+    shared = {"system": "", "correction": "", "max_side": _file("gedit")["max_side"]}
+    return _question(IDENTITY, told["call"][IDENTITY], {**shared, **told})
+
+
+def _file(name: str) -> Mapping[str, Any]:
+    path = files(__package__) / "protocols" / f"{name}.toml"
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected a protocol, found none ({error}). Install the package anew.") from error
     if told.get("format") != FORMAT:
         raise ConfigError(f"{path}: expected format {FORMAT}, found {told.get('format')!r}. Install the package anew.")
-    calls = {
-        name: JudgeQuestion(
-            step=f"{bench}-{name}",
-            version=entry["version"],
-            system=told["system"].strip(),
-            text=entry["text"],
-            shows=tuple(entry["shows"]),
-            tells=tuple(entry["tells"]),
-            max_tokens=entry["max_tokens"],
-            temperature=0.0,
-            correction=told["correction"],
-            marks=tuple(Mark(*mark) for mark in entry["marks"]),
-            max_side=told["max_side"],
-        )
-        for name, entry in told["call"].items()
-    }
-    return Protocol(f"{bench}-re", bench, told["aggregate"], told["max_side"], calls)
+    return told
+
+
+def _question(step: str, entry: Mapping[str, Any], told: Mapping[str, Any]) -> JudgeQuestion:
+    return JudgeQuestion(
+        step=step,
+        version=entry["version"],
+        system=told["system"].strip(),
+        text=entry["text"],
+        shows=tuple(entry["shows"]),
+        tells=tuple(entry["tells"]),
+        max_tokens=entry["max_tokens"],
+        temperature=float(told.get("temperature", 0.0)),
+        correction=told["correction"],
+        marks=tuple(Mark(*mark) for mark in entry["marks"]),
+        max_side=told["max_side"],
+    )
 
 
 def _with_prompts(own: Protocol, path: Path) -> Protocol:

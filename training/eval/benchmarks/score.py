@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ....reasonedit_core.files import write_json, write_whole
+from ...data.label.annotators import Shown as Picture
 from ...data.label.annotators import shown
 from .aggregate import rule_of, summarise
 from .generate import run_facts
@@ -19,10 +20,12 @@ from .items import Item, Manifest
 from .judge import ABOUT, ANCHORS, JUDGEMENTS
 from .judges import read_rows
 from .marks import HEADLINE, ItemScore, Options, score_item, worst
-from .outputs import OUTPUTS, find_output
+from .outputs import OUTPUTS, find_all, find_output
+from .protocols import IDENTITY
+from .ratings import Ratings, ins_align
 
 if TYPE_CHECKING:
-    from .embeddings import Encoder, TextEncoder
+    from .embeddings import Scorers
 
 SCORES, PIXELS = "scores.json", "pixels.jsonl"
 
@@ -35,8 +38,9 @@ QUIRKS = ("gedit", "imgedit", "rise")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """aggregate: name of a rule, None for the protocol's; lang: of GEdit's two; missing: one of MISSING; clip, dino:
-    backbones of the metrics that need one."""
+    """aggregate: name of a rule, None for the protocol's; lang: of GEdit's two; missing: one of MISSING; scorers:
+    of the metrics that need a network or a function; masks: a folder of the official layout with a mask per item, white where
+    the edit may change the picture; ratings: people's, for Ins-Align."""
 
     aggregate: str | None = None
     lang: str | None = None
@@ -44,8 +48,9 @@ class Choice:
     clamp: bool = True
     quirks: bool = False
     pixels: bool = True
-    clip: TextEncoder | None = None
-    dino: Encoder | None = None
+    scorers: Scorers | None = None
+    masks: Path | None = None
+    ratings: Ratings | None = None
 
 
 def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) -> dict[str, Any]:
@@ -68,13 +73,15 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
         )
     free = any(item.flags.get("consistency_free") for item in items)
     options = Options(choice.clamp, choice.quirks, free)
-    scored = _scored(items, rows, options, choice.missing)
-    pictures = measure(manifest, run, items) if choice.pixels else {}
+    every = tuple(sorted({row["role"] for row in rows if str(row["role"]).startswith(f"{IDENTITY}_")}))
+    scored = _scored(items, rows, options, choice.missing, every)
+    pictures = measure(manifest, run, items, choice.masks) if choice.pixels else {}
     told = {
         **{key: about[key] for key in ("bench", "protocol", "prompts", "judge", "endpoint", "questions", "manifest")},
         "aggregate": name,
         "lang": choice.lang or items[0].lang,
         "quirks": "official" if choice.quirks else None,
+        "resized": bool(about.get("resized")),
         "clamp": choice.clamp if manifest.bench == "imgedit" else None,
         "missing": choice.missing,
         "run": run_facts(run, [item.id for item in items]),
@@ -85,7 +92,8 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
         "intersection": _intersection(rule, scored),
         "pixels": _pixel_means(pictures.values()),
         "features": _features(manifest, run, items, choice),
-        "anchors": {anchor: _anchor(rule, manifest, rows, anchor, options) for anchor in ANCHORS},
+        "ins_align": ins_align(choice.ratings, items, scored) if choice.ratings else None,
+        "anchors": {anchor: _anchor(rule, manifest, rows, anchor, options, every) for anchor in ANCHORS},
         "items": [
             {"item": item.id, "group": item.group, "metrics": {key: list(values) for key, values in score.metrics.items()}}
             for item, score in scored
@@ -131,7 +139,9 @@ def _in_one_language(items: Sequence[Item], lang: str | None) -> list[Item]:
     return own
 
 
-def _scored(items: Sequence[Item], rows: Sequence[Mapping[str, Any]], options: Options, missing: str) -> list:
+def _scored(
+    items: Sequence[Item], rows: Sequence[Mapping[str, Any]], options: Options, missing: str, every: Sequence[str]
+) -> list:
     marks, absent = _marks(rows, None), {row["item"] for row in rows if row["status"] == "missing"}
     if missing == "error" and absent:
         some = ", ".join(sorted(absent)[:5])
@@ -140,7 +150,8 @@ def _scored(items: Sequence[Item], rows: Sequence[Mapping[str, Any]], options: O
         )
     lost = absent if missing == "zero" else ()
     return [
-        (item, worst(item, options) if item.id in lost else score_item(item, marks.get(item.id, {}), options)) for item in items
+        (item, worst(item, options, every) if item.id in lost else score_item(item, marks.get(item.id, {}), options, every))
+        for item in items
     ]
 
 
@@ -153,10 +164,10 @@ def _marks(rows: Sequence[Mapping[str, Any]], anchor: str | None) -> dict[str, d
 
 
 def _anchor(
-    rule, manifest: Manifest, rows: Sequence[Mapping[str, Any]], anchor: str, options: Options
+    rule, manifest: Manifest, rows: Sequence[Mapping[str, Any]], anchor: str, options: Options, every: Sequence[str]
 ) -> dict[str, Any] | None:
     marks = _marks(rows, anchor)
-    scored = [(item, score_item(item, marks[item.id], options)) for item in manifest.items if item.id in marks]
+    scored = [(item, score_item(item, marks[item.id], options, every)) for item in manifest.items if item.id in marks]
     return summarise(rule, scored)["overall"] if scored else None
 
 
@@ -167,11 +178,11 @@ def _intersection(rule, scored: Sequence[tuple[Item, ItemScore]]) -> dict[str, A
 
 
 def _features(manifest: Manifest, run: Path, items: Sequence[Item], choice: Choice) -> dict[str, Any] | None:
-    if choice.clip is None and choice.dino is None:
+    if choice.scorers is None or not choice.scorers.there:
         return None
     from .embeddings import measure_features
 
-    return measure_features(manifest, run, items, choice.clip, choice.dino)
+    return measure_features(manifest, run, items, choice.scorers)
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -186,32 +197,47 @@ def _about(folder: Path) -> dict[str, Any]:
 # ---- pictures --------------------------------------------------------------------------------------------------------------
 
 
-def measure(manifest: Manifest, run: Path, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
+def measure(manifest: Manifest, run: Path, items: Sequence[Item], masks: Path | None = None) -> dict[str, dict[str, Any]]:
     """item -> how its picture differs from its (first) source, brought to the source's size. Kept in pixels.jsonl of the run,
-    and measured anew only where a picture is another one."""
-    from . import pixels
+    and measured anew only where a picture is another one.
 
-    path = run / PIXELS
-    known = {}
+    For an item with a mask, in `masks` or else in the benchmark, also `outside`: the same where its mask is black, so that
+    nothing may change. Raises ConfigError where no item has one in `masks`, DataError for a mask that is white all over.
+    """
+    path, known = run / PIXELS, {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             known[row["item"]] = row
     found = {}
+    masked = find_all(masks, items).found if masks else {}
     for item in items:
         edited = find_output(run / OUTPUTS, item)
         if edited is None:
             continue
+        path_of = masked.get(item.id) or manifest.picture(item, "mask")
+        mask = None if path_of is None else shown(path_of)
         a, b = shown(manifest.sources(item)[0]), shown(edited)
-        row = known.get(item.id)
-        if row is None or [row["source"], row["edited"]] != [a.sha256, b.sha256]:
-            one, two = pixels.read_picture(a.path), pixels.read_picture(b.path, a.size)
-            row = {"item": item.id, "source": a.sha256, "edited": b.sha256, "size": list(b.size), **pixels.compare(one, two)}
+        row, of = known.get(item.id), {"source": a.sha256, "edited": b.sha256, "mask": mask and mask.sha256}
+        if row is None or any(row.get(name) != sha for name, sha in of.items()):
+            row = {"item": item.id, **of, **_differences(a, b, mask)}
         found[item.id] = row
     if {**known, **found} != known:
         lines = [json.dumps(row, ensure_ascii=False) for row in {**known, **found}.values()]
         write_whole(path, "".join(line + "\n" for line in lines).encode())
     return found
+
+
+def _differences(source: Picture, edited: Picture, mask: Picture | None) -> dict[str, Any]:
+    from . import pixels
+
+    one, two = pixels.read_picture(source.path), pixels.read_picture(edited.path, source.size)
+    row: dict[str, Any] = {"size": list(edited.size), **pixels.compare(one, two)}
+    if mask is None:
+        return row
+    outside = pixels.read_mask(mask.path, source.size)
+    row["outside"] = {name: value for name, value in pixels.compare(one, two, outside).items() if name != "shift"}
+    return row
 
 
 def _pixel_means(rows: Any) -> dict[str, Any] | None:
@@ -224,8 +250,14 @@ def _pixel_means(rows: Any) -> dict[str, Any] | None:
         "n": len(rows),
         "no_op_below": NO_OP,
         "no_op_rate": sum(row["l1"] <= NO_OP for row in rows) / len(rows),
+        **_means(rows, ("l1", "psnr", "ssim", "shift")),
     }
-    for name in ("l1", "psnr", "ssim", "shift"):
-        values = [row[name] for row in rows if row[name] is not None]
-        told[name] = sum(values) / len(values) if values else None
+    outside = [row["outside"] for row in rows if row.get("outside")]
+    if outside:
+        told["outside"] = {"n": len(outside), **_means(outside, ("l1", "psnr", "ssim"))}
     return told
+
+
+def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
+    values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return {name: sum(each) / len(each) if each else None for name, each in values.items()}

@@ -18,6 +18,7 @@ from typing import Any
 from ....reasonedit_core.errors import ConfigError
 from .aggregate import headline
 from .marks import HEADLINE, SCALES
+from .protocols import IDENTITY
 
 FORMAT = "reasonedit.references/1"
 
@@ -69,7 +70,23 @@ class Table:
     remarks: tuple[str, ...]
 
 
-FACTS = ("95 % interval", "n", "bounds", "zeros", "no-op", "rounds", "seconds", "judge", "protocol", "aggregate", "backbones")
+FACTS = (
+    "95 % interval",
+    "n",
+    "bounds",
+    "zeros",
+    "identity",
+    "LPIPS",
+    "aesthetics",
+    "no-op",
+    "outside L1",
+    "rounds",
+    "seconds",
+    "judge",
+    "protocol",
+    "aggregate",
+    "backbones",
+)
 
 
 def make_table(runs: Mapping[str, Mapping[str, Any]], references: bool) -> Table:
@@ -100,6 +117,8 @@ def values_of(scores: Mapping[str, Any]) -> dict[str, float]:
         key = next((key for key, _ in COLUMNS[bench] if key == block.lower() or key == f"{block.lower()}_reasoning"), None)
         if key and main in metrics:
             found[key] = metrics[main]["mean"]
+    if scores.get("ins_align"):
+        found["ins_align"] = scores["ins_align"]["mean"]
     if scores.get("features") and "clip_t" in scores["features"]:
         found["clip"] = scores["features"]["clip_t"]["mean"]
     return {key: found[key] for key, _ in COLUMNS[bench] if found.get(key) is not None}
@@ -111,7 +130,9 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "n": f"{row['n_scored']}/{row['n']}",
         "judge": scores["judge"],
-        "protocol": scores["protocol"] + (f" ({scores['prompts'][:8]})" if scores["prompts"] else ""),
+        "protocol": scores["protocol"]
+        + (f" ({scores['prompts'][:8]})" if scores["prompts"] else "")
+        + (", pictures resized to their sources" if scores.get("resized") else ""),
         "aggregate": scores["aggregate"] + (" with official faults" if scores["quirks"] else ""),
         "zeros": "" if row["zeros"] is None else f"{100 * row['zeros']:.1f} %",
         "no-op": f"{100 * pixels['no_op_rate']:.1f} %" if pixels else "",
@@ -121,6 +142,13 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
         facts["backbones"] = ", ".join(
             f"{each['name']} ({each['sha256'][:8]})" for each in scores["features"]["backbones"].values()
         )
+        for name, head in (("lpips_source", "LPIPS"), ("aesthetics", "aesthetics")):
+            if name in scores["features"]:
+                facts[head] = f"{scores['features'][name]['mean']:.3f}"
+    if (kept := scores["overall"].get(IDENTITY)) and kept["mean"] is not None:
+        facts["identity"] = f"{kept['mean']:.2f}"
+    if pixels and pixels.get("outside"):
+        facts["outside L1"] = f"{pixels['outside']['l1']:.4f}"
     if row["mean"] is not None:
         facts["95 % interval"] = f"[{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     if row["n_scored"] < row["n"]:
