@@ -55,9 +55,12 @@ def brain_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def use_cues(generator: Any, args: argparse.Namespace, picture: torch.Tensor) -> None:
-    """Let a `BrainGenerator` see the user's masks and objects in every edit. picture: (1, 3, H, W), the source."""
-    if not args.objects and not args.masks:
+def use_cues(system: Any, args: argparse.Namespace, picture: torch.Tensor, tell: Callable[[str], None]) -> None:
+    """Let a ReasonBrain see the user's masks and objects in every edit, and tell what it takes for objects else.
+
+    system: any `load.System`. picture: (1, 3, H, W), the source.
+    """
+    if system.name != SYSTEM:
         return
     import torch
 
@@ -69,4 +72,6 @@ def use_cues(generator: Any, args: argparse.Namespace, picture: torch.Tensor) ->
     if args.masks:
         read = [read_mask(path, picture) for path in args.masks]
         finder = GivenRegions(torch.cat([torch.nn.functional.interpolate(m, picture.shape[-2:]) for m in read])[:, 0])
-    generator.use_cues(finder, GivenObjects(args.objects) if args.objects else None)
+    system.generator.use_cues(finder, GivenObjects(args.objects) if args.objects else None)
+    if not args.objects:
+        system.generator.on_objects = lambda names: tell(f"objects: {', '.join(names)} (--objects names others)")

@@ -166,7 +166,7 @@ def run_edit(args: argparse.Namespace) -> int:
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
-    use_cues(system.generator, args, picture.rgb)
+    use_cues(system, args, picture.rgb, tell)
     policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
     folder.note = system.settings.notice

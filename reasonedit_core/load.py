@@ -316,7 +316,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
 
 
 def _load_reasonbrain(spec: SystemSpec, progress: _Progress) -> System:
-    from .brain.cues import make_extractor, make_finder
+    from .brain.cues import make_extractor, make_finder, network_of
     from .brain.generator import make_generator
     from .brain.layout import change_settings, find_brain_parts
     from .brain.model import load_brain_model
@@ -331,12 +331,16 @@ def _load_reasonbrain(spec: SystemSpec, progress: _Progress) -> System:
     model = load_brain_model(
         parts, dtype=dtype, vae_dtype=_vae_dtype(dtype), device=home, switches=own.switches, on_part=progress
     )
-    finder = make_finder(parts, own.segmenter, needed=model.brain.switches.region_branch)
-    mover = _mover(spec, device, mllm=model.stack(), dit=model.network, vae=model.codec.vae)
+    finder = None
+    if model.brain.switches.region_branch:
+        finder = make_finder(own.segmenter, root=parts.root, segmenter=parts.segmenter, device=home)
+    seeing = network_of(finder)
+    mover = _mover(spec, device, mllm=model.stack(*[seeing] * (seeing is not None)), dit=model.network, vae=model.codec.vae)
     alone = spec.reasoner in ("qwen", "own", "none")
     choice = _find_pack(spec, parts.root, None, settings)
     reasoner, notes = _make_reasoner(replace(spec, reasoner="none") if alone else spec, choice, None, settings, mover, counts)
-    conditioner = model.conditioner.with_cues(finder, make_extractor(own.extractor))
+    asked = reasoner.speaker if spec.reasoner.startswith(("qwen:", "remote:")) or own.extractor == "mllm" and reasoner else None
+    conditioner = model.conditioner.with_cues(finder, make_extractor(own.extractor, root=parts.root, speaker=asked))
     how = {"multiple": settings.multiple, "image_scale": own.image_guidance, "counts": counts, "mover": mover}
     generator = make_generator(model, conditioner, **how)
     defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}

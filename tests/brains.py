@@ -246,3 +246,46 @@ def write_system(folder: Path, kind: str = "sd", seed: int = 0, **off) -> Path:
             p.add_(0.05 * torch.randn(p.shape, generator=rng))
     save_brain_model(folder, model, parts)
     return folder
+
+
+def write_sam(folder: Path, kind: str = "sam", seed: int = 0) -> Path:
+    """A tiny SAM or SAM 2 in transformers' layout: 64 pixels."""
+    import transformers
+
+    small = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "sam":
+            vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+            size = {"image_size": 64, "patch_size": 16}
+            config = transformers.SamConfig(
+                vision_config={**vision, **size, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8},
+                prompt_encoder_config={"hidden_size": 16, "image_embedding_size": 4, **size, "mask_input_channels": 4},
+                mask_decoder_config={**small, "num_hidden_layers": 2},
+            )
+            transformers.SamModel(config).save_pretrained(folder)
+            return folder
+        backbone = {
+            "image_size": [64, 64],
+            "hidden_size": 8,
+            "blocks_per_stage": [1, 1, 1, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
+            "num_attention_heads_per_stage": [1, 1, 1, 1],
+            "window_size_per_stage": [4, 4, 4, 2],
+            "global_attention_blocks": [],
+            "window_positional_embedding_background_size": [4, 4],
+            "model_type": "sam2_hiera_det_model",
+        }
+        config = transformers.Sam2Config(
+            vision_config={
+                "model_type": "sam2_vision_model",
+                "backbone_config": backbone,
+                "backbone_channel_list": [64, 32, 16, 8],
+                "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+                "fpn_hidden_size": 16,
+            },
+            prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+            mask_decoder_config=small,
+        )
+        transformers.Sam2Model(config).save_pretrained(folder)
+    return folder

@@ -330,7 +330,8 @@ def test_the_command_edits(here, capsys):
     assert record["request"]["image_guidance"] == 2.0 and record["request"]["system"] == "reasonbrain"
     assert record["counts"]["denoiser_forwards"] == 2 and record["counts"]["vae_encodes"] == 1
     first = np.asarray(Image.open("out/result.png"))
-    assert run("--image-guidance", "2", "--objects", "snow", "cat") == 0
+    assert run("--image-guidance", "2") == 0
+    assert "objects: " not in said.err and "objects: Let it snow (--objects names others)" in capsys.readouterr().err
     assert first.shape == (37, 53, 3) and (first != np.asarray(Image.open("out/result.png"))).any(), "masks count"
 
 

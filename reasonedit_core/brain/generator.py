@@ -7,7 +7,7 @@ along a flow. The only random draw is the noise; the source's latents are the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -167,6 +167,7 @@ class BrainGenerator:
     """Implements `interfaces.Generator`, so that the loop, and any reasoner, may edit with ReasonBrain.
 
     mover: entered with "mllm" (LLaVA, the modules, the text encoder), "dit" and "vae"; None: everything stays where it is.
+    on_objects: told the names that each edit goes by, for a user to see and correct.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class BrainGenerator:
         self.conditioner, self.sampler, self.codec, self.geometry = conditioner, sampler, codec, geometry
         self.counts = counts or Counts()
         self.mover: Mover = mover or (lambda component: nullcontext())
+        self.on_objects: Callable[[list[str]], None] | None = None
 
     def use_cues(self, finder: RegionFinder | None = None, extractor: ObjectExtractor | None = None) -> None:
         """Let all further edits take regions and objects from these, such as the user's own; None keeps what there is."""
@@ -215,7 +217,7 @@ class BrainGenerator:
         plan = self.geometry.plan([size], request.size_level, keep=keep, released=released)
         with self.mover("mllm"):
             prepared = self.sampler.prepare(request)
-            cond = self.conditioner.condition(picture, instruction) if conditioning is None else conditioning
+            cond = self._condition(picture, instruction) if conditioning is None else conditioning
         with self.mover("vae"):
             source = self._source(picture, plan, latents)
         noise = draw_normal(tuple(source.shape), rng, dtype=cond.tokens.dtype, device=cond.tokens.device)
@@ -236,6 +238,14 @@ class BrainGenerator:
         target = picture if released else request.image if source_size else generated
         shown = images.resize_bicubic_pil(generated, target.shape[-1], target.shape[-2])
         return Edited(shown, generated, made)
+
+    def _condition(self, picture: Tensor, instruction: str) -> Conditioning:
+        if not self.conditioner.brain.switches.cues:
+            return self.conditioner.condition(picture, instruction)
+        objects = self.conditioner.objects_of(instruction, picture)
+        if self.on_objects is not None:
+            self.on_objects(objects)
+        return self.conditioner.condition(picture, instruction, objects=objects)
 
     def _source(self, picture: Tensor, plan: Plan, given: Tensor | None) -> Tensor:
         """The source's latents (1, C, h, w): encoded, or of the latents by which the picture was generated."""
