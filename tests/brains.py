@@ -166,7 +166,7 @@ def write_unet(folder: Path, seed: int = 0, channels: int = 4) -> Path:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=24,
             attention_head_dim=8,
-            norm_num_groups=8,
+            norm_num_groups=32,
         ).save_pretrained(folder)
     return folder
 

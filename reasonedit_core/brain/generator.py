@@ -202,13 +202,11 @@ class BrainGenerator:
         source_size: bool = True,
         on_step: OnStep | None = None,
         should_stop: ShouldStop | None = None,
-        conditioning: Conditioning | None = None,
     ) -> Edited:
         """Edit `picture` (1, 3, H, W) with `instruction`; see `Generator`.
 
-        Cues are found anew in every picture (the multi-step edits of Tab. A5 are the plain loop). conditioning: of this picture
-        and instruction, where it was made before. Raises ConfigError for what ReasonBrain has no place for: references,
-        regions to denoise, intervals of guidance, step caches.
+        Cues are found anew in every picture (the multi-step edits of Tab. A5 are the plain loop). Raises ConfigError for what
+        ReasonBrain has no place for: references, regions to denoise, intervals of guidance, step caches.
         """
         _refuse(request)
         images.check_size(picture.shape[-1], picture.shape[-2])
@@ -217,7 +215,7 @@ class BrainGenerator:
         plan = self.geometry.plan([size], request.size_level, keep=keep, released=released)
         with self.mover("mllm"):
             prepared = self.sampler.prepare(request)
-            cond = self._condition(picture, instruction) if conditioning is None else conditioning
+            cond = self.condition(picture, instruction)
         with self.mover("vae"):
             source = self._source(picture, plan, latents)
         noise = draw_normal(tuple(source.shape), rng, dtype=cond.tokens.dtype, device=cond.tokens.device)
@@ -239,7 +237,8 @@ class BrainGenerator:
         shown = images.resize_bicubic_pil(generated, target.shape[-1], target.shape[-2])
         return Edited(shown, generated, made)
 
-    def _condition(self, picture: Tensor, instruction: str) -> Conditioning:
+    def condition(self, picture: Tensor, instruction: str) -> Conditioning:
+        """The conditioning of picture (1, 3, H, W) and instruction; the names that it goes by are told to `on_objects`."""
         if not self.conditioner.brain.switches.cues:
             return self.conditioner.condition(picture, instruction)
         objects = self.conditioner.objects_of(instruction, picture)
