@@ -161,12 +161,12 @@ def brain_bytes(generator: BrainGenerator, plan: Plan) -> dict[str, int]:
     conditioner, codec = generator.conditioner, generator.codec
     llava, spec = conditioner.llava.model, conditioner.brain.spec
     seen = 2 * spec.grid**2 + spec.img_tokens + TEXT_TOKENS  # the picture's tokens, and as many cues
-    network, itemsize = generator.sampler.denoiser, llava.dtype.itemsize
+    itemsize = llava.dtype.itemsize
     height, width = plan.grid
-    if hasattr(network, "unet"):
+    if generator.sampler.kind == "sd":
         denoising = PASSES * height * width * itemsize * UNET_PER_LATENT
     else:
-        config = network.transformer.config
+        config = generator.sampler.denoiser.transformer.config
         tokens = height * width + 2 * spec.queries
         denoising = dit_bytes(tokens, config.num_attention_heads * config.attention_head_dim, itemsize)
     return {

@@ -51,10 +51,8 @@ def load_brain(checkpoint: str, segmenter: str, dtype: str) -> BrainHandle:
             make_mover=ComfyMover,
         )
     )
-    kind = "sd" if hasattr(system.generator.sampler, "scheduler") else "flux"
-    name = folders.short_name(checkpoint)
     made = (system.generator, system.defaults, system.mover, device, system.notes, system.settings.latents)
-    return BrainHandle(name, kind, *made)
+    return BrainHandle(folders.short_name(checkpoint), system.generator.sampler.kind, *made)
 
 
 class StepWatch:

@@ -207,7 +207,7 @@ def write_scheduler(folder: Path, kind: str) -> Path:
     """The scheduler's configuration as the released folders have it: PNDM of SD, flow matching of FLUX."""
     from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-    sd = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "skip_prk_steps": True}
+    sd = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "skip_prk_steps": True}
     made = PNDMScheduler(**sd) if kind == "sd" else FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     made.save_pretrained(folder)
     return folder

@@ -25,11 +25,14 @@ from ..generator import Mover, Plan, Size
 from ..interfaces import ObjectExtractor, RegionFinder
 from ..latents import FluxCodec, SDCodec, draw_normal
 from ..types import Conditioning, Counts, Edited, EditRequest, OnStep, ShouldStop
+from .layout import Kind
 from .model import BrainModel
 
 
 class Sampler(Protocol):
-    """From noise to latents under a conditioning."""
+    """From noise to latents under a conditioning. kind: of the denoiser, sd or flux."""
+
+    kind: Kind
 
     def prepare(self, request: EditRequest) -> Any:
         """What else the conditioning stage has to give, while text encoder and MLLM are on the device; ConfigError for fields
@@ -57,6 +60,8 @@ class ThreePassSampler:
 
     image_scale: taken where the request states none.
     """
+
+    kind: Kind = "sd"
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class ThreePassSampler:
         made = sample(
             self.denoiser,
             # Released folders name PNDM; DDIM of the same noise schedule is what the editors of this family sample with.
-            DDIMScheduler.from_config(self.scheduler or SD_SCHEDULE),
+            DDIMScheduler.from_config({**SD_SCHEDULE, **self.scheduler}),
             unpack(noise, *grid),
             replace(conditioning, reference=unpack(conditioning.reference, *grid)),
             prepared,
@@ -110,11 +115,13 @@ SD_SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-"""Of SD 1.5 and SD 2.1-base, for a folder without a scheduler."""
+"""Of SD 1.5 and SD 2.1-base, for what a folder's scheduler leaves open: DDIM's own defaults would clip the latents."""
 
 
 class FlowSampler:
     """FLUX: one pass a step; request.guidance is the input of the guidance that was distilled into the model."""
+
+    kind: Kind = "flux"
 
     def __init__(self, denoiser: FluxDenoiser, schedule: flow.FlowSchedule) -> None:
         self.denoiser, self.schedule = denoiser, schedule

@@ -96,8 +96,8 @@ class GivenRegions:
         self.found = user_masks(masks)
 
     def regions(self, image: Tensor, grid: int) -> Regions:
-        """The masks and their background as regions, on the picture's device."""
-        made = select_regions(self.found, grid)
+        """The masks and their background as regions, on the picture's device; all of them, whatever their size."""
+        made = select_regions(self.found, grid, limit=len(self.found.masks) + 1, overlap=1.0, smallest=0.0, largest=1.0)
         return Regions(made.masks.to(image.device), made.geometry.to(image.device))
 
 
