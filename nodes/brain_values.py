@@ -165,8 +165,8 @@ def reason(
     generator, names = brain.using(objects, regions), []
     generator.on_objects = names.extend
     brain.expect(picture, brain.defaults["size_level"])
-    with brain.mover("mllm"), torch.no_grad():
-        made = generator.condition(picture.to(brain.device), instruction)
+    made = generator.condition(picture.to(brain.device), instruction)
+    with brain.mover("mllm"):
         null = generator.conditioner.text.null()
     residual = made.residual and tuple(part.cpu() for part in made.residual)
     pooled = None if made.pooled is None else made.pooled.cpu()

@@ -115,8 +115,8 @@ class SDCodec:
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, h * w, C)."""
-        return rearrange(latents, "b c h w -> b (h w) c")
+        """(B, C, h, w) -> (B, h * w, C), contiguous, so that traces can be saved."""
+        return rearrange(latents, "b c h w -> b (h w) c").contiguous()
 
     def unpack(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(B, h * w, C) -> (B, C, h, w)."""

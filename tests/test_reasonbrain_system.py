@@ -67,6 +67,7 @@ def test_an_edit_is_its_parts_put_together(system):
     asked, generator = request(system, seed=3), system.generator
     got = generator.edit(asked, asked.image, asked.instruction, torch.Generator().manual_seed(3))
     assert got.generated.shape == (1, 3, 48, 64) and got.image.shape == asked.image.shape and got.latents.shape == (1, 48, 4)
+    assert got.latents.is_contiguous(), "a trace saves them"
     conditioner, vae = generator.conditioner, generator.codec.vae
     cond = conditioner.condition(asked.image, asked.instruction)
     assert [part.shape for part in cond.residual] == [(1, 32, 4, 4), (1, 32)] and all(p.any() for p in cond.residual)

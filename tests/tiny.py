@@ -28,7 +28,10 @@ def tiny_checkpoint(system: str, seed: int = 0, std: float = builder.STD) -> Pat
 def tiny_reasonbrain(kind: str = "sd") -> Path:
     """Folder of a tiny ReasonBrain system, sd or flux. Shared like the others."""
     digest = hashlib.sha256()
-    for source in (Path(brains.__file__), *sorted(Path(model.__file__).parent.glob("*.py"))):
+    core = Path(model.__file__).parent.parent
+    rooms = (core / "brain", core / "models" / "reasonbrain", core / "conditioners")
+    ours = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    for source in (Path(brains.__file__), core / "mllm" / "llava.py", *ours):
         digest.update(source.read_bytes())
     return _built(f"reasonbrain-{kind}-{digest.hexdigest()[:16]}", lambda place: brains.write_system(place, kind))
 

@@ -222,7 +222,7 @@ class BrainGenerator:
         plan = self.geometry.plan([size], request.size_level, keep=keep, released=released)
         with self.mover("mllm"):
             prepared = self.sampler.prepare(request)
-            cond = self.condition(picture, instruction)
+        cond = self.condition(picture, instruction)
         with self.mover("vae"):
             source = self._source(picture, plan, latents)
         noise = draw_normal(tuple(source.shape), rng, dtype=cond.tokens.dtype, device=cond.tokens.device)
@@ -246,12 +246,13 @@ class BrainGenerator:
 
     def condition(self, picture: Tensor, instruction: str) -> Conditioning:
         """The conditioning of picture (1, 3, H, W) and instruction; the names that it goes by are told to `on_objects`."""
-        if not self.conditioner.brain.switches.cues:
-            return self.conditioner.condition(picture, instruction)
-        objects = self.conditioner.objects_of(instruction, picture)
-        if self.on_objects is not None:
-            self.on_objects(objects)
-        return self.conditioner.condition(picture, instruction, objects=objects)
+        objects = None
+        if self.conditioner.brain.switches.cues:
+            objects = self.conditioner.objects_of(instruction, picture)  # may ask a reasoner, which has a mover of its own
+            if self.on_objects is not None:
+                self.on_objects(objects)
+        with self.mover("mllm"):
+            return self.conditioner.condition(picture, instruction, objects=objects)
 
     def _source(self, picture: Tensor, plan: Plan, given: Tensor | None) -> Tensor:
         """The source's latents (1, C, h, w): encoded, or of the latents by which the picture was generated."""
