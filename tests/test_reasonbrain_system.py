@@ -301,6 +301,23 @@ def test_missing_sam_is_a_sentence_before_anything_is_loaded_into_a_picture(tmp_
     assert edit(load_system(replace(SPEC, weights=tiny_reasonbrain(), brain=less))).isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ["component", "block"])
+def test_weights_that_wait_make_the_same_picture(system, mode):
+    moved = load_system(replace(SPEC, weights=tiny_reasonbrain(), offload=mode))
+    assert torch.equal(edit(moved), edit(system)) and moved.mover.resident == "vae"
+
+
+def test_a_reasoner_names_the_objects_where_one_is_loaded():
+    from reasonedit.tests.tiny import tiny_checkpoint
+
+    folder = tiny_checkpoint("qwen2.5-vl")
+    system = load_system(replace(SPEC, weights=tiny_reasonbrain(), reasoner=f"qwen:{folder}"))
+    asking, rules = system.generator.conditioner.extractor.extractors
+    assert asking.speaker is system.reasoner.speaker and rules.extract("melt the ice") == ["ice"]
+    with pytest.raises(ConfigError, match="extractor mllm: expected a reasoner that can be asked"):
+        load_system(replace(SPEC, weights=tiny_reasonbrain(), brain={"extractor": "mllm"}))
+
+
 def test_a_plain_model_needs_no_cues(tmp_path):
     from reasonedit.tests.brains import write_system
 

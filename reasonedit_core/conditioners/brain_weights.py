@@ -40,12 +40,16 @@ def trained_tensors(brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None
     return found
 
 
-def add_denoiser_lora(denoiser: Any, rank: int, alpha: int, targets: Sequence[str] = DENOISER_TARGETS) -> None:
-    """Put a LoRA on the attention of a diffusers network, in place; a checkpoint then holds it. What was trained stays so."""
+def add_denoiser_lora(denoiser: Any, rank: int, alpha: int, targets: Sequence[str] | str = DENOISER_TARGETS) -> None:
+    """Put a LoRA on the attention of a diffusers network, in place; a checkpoint then holds it. What was trained stays so.
+
+    targets: ends of module names, or one regular expression.
+    """
     from peft import LoraConfig
 
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0))
+    names = targets if isinstance(targets, str) else list(targets)
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0))
     for p in trained:  # peft freezes all that it does not add, the widened first layer too
         p.requires_grad_(True)
 
@@ -61,7 +65,8 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
     note["lora"] = llava.peft is not None
     lora = getattr(denoiser, "peft_config", {}).get("default")
     if lora is not None:
-        note["denoiser_lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "targets": sorted(lora.target_modules)}
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        note["denoiser_lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "targets": targets}
     state = {key: p.detach().cpu().contiguous().clone() for key, p in tensors.items()}
     save_file(state, folder / FILE, metadata={"format": "pt", NOTE: json.dumps(note)})
     if llava.peft is not None:
