@@ -16,11 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .brain_options import add_brain_options, brain_settings, check_brain_options, use_cues
 from .errors import ConfigError, Interrupted, ReasonEditError
 from .mini.models import MINIS, has_mini
 from .region_options import add_region_options, interval_of, region_of, step_cache_of
 
-SYSTEMS = ("reasonedit-s", "reasonedit-q")
+PUBLISHED = ("reasonedit-s", "reasonedit-q")
+SYSTEMS = (*PUBLISHED, "reasonbrain")
 POLICIES = ("reasonedit", "released")
 SCORES = ("lazy", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -127,6 +129,7 @@ def run_edit(args: argparse.Namespace) -> int:
     if not args.instruction.strip():
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
     _check_draft(args)
+    check_brain_options(args)
     if args.weights is None and args.system not in MINIS:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
     lazy = (args.scores or ("always" if args.policy == "released" else "lazy")) == "lazy"
@@ -159,9 +162,11 @@ def run_edit(args: argparse.Namespace) -> int:
         variant=args.variant,
         seed=args.seed,
         attention=args.attention,
+        brain=brain_settings(args),
     )
     with bars.loading() as on_progress:
         system = load_system(spec, on_progress=on_progress)
+    use_cues(system, args, picture.rgb, tell)
     policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
     folder.note = system.settings.notice
@@ -175,6 +180,8 @@ def run_edit(args: argparse.Namespace) -> int:
     if remark := picture_remark(system.settings.pictures, picture.rgb):
         say(f"warning: {args.image}: {remark}")
     has_reasoner = system.reasoner is not None
+    if not has_reasoner:
+        folder.describe(reasoner="none")
     request = EditRequest(
         image=picture.rgb,
         instruction=args.instruction,
@@ -192,6 +199,7 @@ def run_edit(args: argparse.Namespace) -> int:
         guidance_interval=interval,
         step_cache=step_cache_of(args),
         draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
+        image_guidance=args.image_guidance,
     )
     trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
     for done in trace.rounds:
@@ -347,6 +355,7 @@ def _add_edit(commands) -> None:
     add("--seed", type=whole(0, MAX_SEED), default=0, metavar="N", help="of all random draws (0)")
     add("--reference", type=Path, nargs="+", default=[], metavar="IMAGE", help="further pictures, for systems that take them")
     add_region_options(parser, whole, real)
+    add_brain_options(parser, real)
     group = parser.add_argument_group("weights and devices")
     add = group.add_argument
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on the CPU")
@@ -390,7 +399,7 @@ def _add_bench(commands) -> None:
 def _add_download(commands) -> None:
     parser = commands.add_parser("download", help="fetch weights and their dialogue pack; goes on where it stopped")
     _add_common(parser, run_download)
-    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("system", choices=PUBLISHED)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
     parser.add_argument("--repo", metavar="OWNER/NAME", help="another repository of the same layout")
     parser.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (main)")

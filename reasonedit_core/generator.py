@@ -172,6 +172,8 @@ class FlowGenerator:
             raise ConfigError(
                 "expected a region or a step cache, found both: a region has a cache of its own (its decay). Leave one out."
             )
+        if request.image_guidance is not None:
+            raise ConfigError("image_guidance: expected none outside ReasonBrain, found one. Leave it out.")
         if request.region is not None:
             request.region.plan(request.steps)  # refused before anything is computed
         pictures = (picture, *request.references)

@@ -21,6 +21,7 @@ from .types import (
     OnStep,
     OnText,
     Reflection,
+    Regions,
     ShouldStop,
     Thought,
 )
@@ -181,6 +182,14 @@ class Segmenter(Protocol):
 
     def segment(self, image: torch.Tensor) -> FoundMasks:
         """image: (1, 3, H, W) in 0..1."""
+        ...
+
+
+class RegionFinder(Protocol):
+    """The regions of a picture that ReasonBrain's region branch sees: of a segmenter, from a cache, or the user's own."""
+
+    def regions(self, image: torch.Tensor, grid: int) -> Regions:
+        """image: (1, 3, H, W) in 0..1. grid: side of the vision tower's token grid."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Packed latents and the two VAEs behind one seam: pixels -1..1 <-> normalised latents.
+"""Packed latents and the VAEs behind one seam: pixels -1..1 <-> normalised latents.
 
 Packing puts each 2x2 block of latents into one token, channels ordered (c, row, column) as FLUX and Qwen-Image do.
 `encode` returns the posterior's moments, which can be kept; a sample is drawn from them anew for every edit.
@@ -76,6 +76,71 @@ class KLCodec:
         latents = latents.to(self.vae.device, self.vae.dtype)
         z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(z, return_dict=False)[0]
+
+
+class SDCodec:
+    """The autoencoder of SD 1.5 and 2.1: 8 pixels per latent, one scale, no packing; for ReasonBrain's UNets.
+
+    The source's latents (`source`) are the mode without the scale, as in InstructPix2Pix; those that are generated have it.
+    patch: pixels of a latent on each side, which is a token here.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.channels: int = vae.config.latent_channels
+        self.patch: int = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def encode(self, pixels: torch.Tensor) -> Moments:
+        """pixels (B, 3, H, W) in -1..1 -> mean and log variance (B, C, H/8, W/8)."""
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def sample(self, moments: Moments, rng: torch.Generator) -> torch.Tensor:
+        """Scaled latents (B, C, h, w), what training aims at; draws mean.numel() values from `rng`."""
+        mean, logvar = moments
+        noise = draw_normal(tuple(mean.shape), rng, dtype=mean.dtype, device=mean.device)
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.vae.config.scaling_factor
+
+    def source(self, moments: Moments) -> torch.Tensor:
+        """What the UNet sees of a source: the mode, without the scale (B, C, h, w)."""
+        return moments[0]
+
+    def source_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same from scaled latents (B, C, h, w), of a picture that was generated."""
+        return latents / self.vae.config.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, 8 h, 8 w), about -1..1, not clamped."""
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, h * w, C), contiguous, so that traces can be saved."""
+        return rearrange(latents, "b c h w -> b (h w) c").contiguous()
+
+    def unpack(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, h * w, C) -> (B, C, h, w)."""
+        return rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width)
+
+
+class FluxCodec(KLCodec):
+    """FLUX's autoencoder for ReasonBrain: the source is the mode, normalised as what is generated; packed 2 x 2."""
+
+    def source(self, moments: Moments) -> torch.Tensor:
+        """The normalised mode (B, C, h, w)."""
+        return (moments[0] - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def source_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents are what the transformer sees."""
+        return latents
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, 2 h, 2 w) -> (B, h * w, 4 C)."""
+        return pack(latents)
+
+    def unpack(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, h * w, 4 C) -> (B, C, 2 h, 2 w)."""
+        return unpack(tokens, height, width)
 
 
 class QwenCodec:

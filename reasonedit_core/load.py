@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .brain_options import SYSTEM as BRAIN
+from .brain_options import check_brain_spec
 from .detect import QWEN, STEP1X
 from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
+from .load_lora import Loras, apply_loras, draft_adapter, refuse_reasoner_loras
 from .loop import POLICIES
 from .mini.models import MINIS, mini_folder
 from .parts import Parts, can_speak, find_parts, read_schedule
@@ -24,6 +27,7 @@ from .settings import Settings, read_settings
 from .types import Counts, Policy
 
 if TYPE_CHECKING:
+    from .brain.generator import BrainGenerator
     from .dialogue.prompts import PackChoice
     from .generator import FlowGenerator
     from .interfaces import Reasoner, Speaker
@@ -39,9 +43,6 @@ QWEN_LIKENESS = 0.80
 
 OnProgress = Callable[[str, int, int], None]
 """(what is being loaded, parts done, parts in all)."""
-
-Loras = tuple[tuple[Path, float], ...]
-"""(file or peft folder, scale), in the order in which they are applied."""
 
 MakeMover = Callable[[Mapping[str, torch.nn.Module], torch.device], "Mover"]
 """(components by name, device of the computation) -> what moves them: for a host with a memory management of its own."""
@@ -60,7 +61,8 @@ class SystemSpec:
     schedule of Lightning LoRAs. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models
     folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`;
     weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`. attention: "auto", or the backend of every attention of
-    the DiT, one of `kernels.chosen.names()`.
+    the DiT, one of `kernels.chosen.names()`. brain: of ReasonBrain, in place of what its `reasonbrain.json` states (fields of
+    `brain.layout.BrainSettings`: segmenter, extractor, switches, image_guidance).
     """
 
     system: str
@@ -83,18 +85,20 @@ class SystemSpec:
     reasoner_loras: Loras = ()
     draft_loras: Loras = ()
     attention: str = "auto"
+    brain: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A loaded system. `reasoner` is None with `--reasoner none`. mover: brings components to the device. notes: sentences for
-    the user; defaults: the checkpoint's steps, guidance, size_level and negative prompt; pack_origin: which dialogue pack
-    speaks, for the trace. drafter: makes drafts with a LoRA of their own; None where the generator makes them."""
+    """A loaded system. `reasoner` is None with `--reasoner none`, `mllm` where no Qwen2.5-VL conditions. mover: brings
+    components to the device. notes: sentences for the user; defaults: the checkpoint's steps, guidance, size_level and negative
+    prompt; pack_origin: which dialogue pack speaks, for the trace. drafter: makes drafts with a LoRA of their own; None where
+    the generator makes them."""
 
     name: str
     reasoner: Reasoner | None
-    generator: FlowGenerator
-    mllm: QwenVL
+    generator: FlowGenerator | BrainGenerator
+    mllm: QwenVL | None
     policy: Policy
     counts: Counts
     settings: Settings
@@ -146,7 +150,7 @@ def load_reasoner(spec: SystemSpec) -> LoadedReasoner:
         raise ConfigError(f"expected a reasoner out of qwen:PATH, remote:URL, scripted:FILE, found {spec.reasoner!r}.")
     if kind != "qwen":
         choice = _find_pack(spec, None, None)
-        _refuse_reasoner_loras(spec.loras, spec.reasoner)
+        refuse_reasoner_loras(spec.loras, spec.reasoner)
         return LoadedReasoner(_reasoner(spec, choice, _distant_speaker(kind, value)), _origin(choice))
     settings = read_settings(Path(value), "step1x-v1.2")
     choice = _find_pack(spec, Path(value), None, settings)
@@ -188,6 +192,9 @@ class _Progress:
     def __init__(self, tell: OnProgress | None, total: int = 3) -> None:
         self._tell, self._total, self._done = tell or (lambda *_: None), total, 0
 
+    def expect(self, total: int) -> None:
+        self._total = total
+
     def __call__(self, what: str) -> None:
         self._tell(what, self._done, self._total)
         self._done += 1
@@ -218,8 +225,8 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
         parts.transformer, dtype=dtype, device=home, variant=wanted, weights_dtype=spec.weights_dtype
     )
     _check_attention(spec, device, dtype, _head_dims(transformer.config))
-    lora_notes = _apply_loras(spec.loras, mllm, transformer)
-    sketching = _draft_adapter(spec.draft_loras, transformer)
+    lora_notes = apply_loras(spec.loras, mllm, transformer)
+    sketching = draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
     vae, _ = load_flux_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, f"step1x-{variant}")
@@ -275,8 +282,8 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
         parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
     )
     _check_attention(spec, device, dtype, _head_dims(transformer.config))
-    lora_notes = _apply_loras(spec.loras, mllm, transformer)
-    sketching = _draft_adapter(spec.draft_loras, transformer)
+    lora_notes = apply_loras(spec.loras, mllm, transformer)
+    sketching = draft_adapter(spec.draft_loras, transformer)
     progress("VAE")
     vae, _ = load_qwen_vae(parts.vae, dtype=_vae_dtype(dtype), device=home)
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
@@ -308,7 +315,47 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     return _system(spec, generator, mllm, counts, settings, choice, mover, (*report.notes, *lora_notes), drafter)
 
 
-SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {STEP1X: _load_step1x, QWEN: _load_qwen_image}
+def _load_reasonbrain(spec: SystemSpec, progress: _Progress) -> System:
+    from .brain.cues import make_extractor, make_finder, network_of
+    from .brain.generator import make_generator
+    from .brain.layout import change_settings, find_brain_parts
+    from .brain.model import load_brain_model
+
+    check_brain_spec(spec, SystemSpec(spec.system))
+    parts = find_brain_parts(spec.weights)
+    own = change_settings(parts.settings, spec.brain)
+    settings = read_settings(parts.root, f"reasonbrain-{parts.kind}")
+    dtype, device, home = _placement(spec)
+    counts = Counts()
+    progress.expect(5)
+    model = load_brain_model(
+        parts, dtype=dtype, vae_dtype=_vae_dtype(dtype), device=home, switches=own.switches, on_part=progress
+    )
+    finder = None
+    if model.brain.switches.region_branch:
+        finder = make_finder(own.segmenter, root=parts.root, segmenter=parts.segmenter, device=home)
+    seeing = network_of(finder)
+    mover = _mover(spec, device, mllm=model.stack(*[seeing] * (seeing is not None)), dit=model.network, vae=model.codec.vae)
+    alone = spec.reasoner in ("qwen", "own", "none")
+    choice = _find_pack(spec, parts.root, None, settings)
+    reasoner, notes = _make_reasoner(replace(spec, reasoner="none") if alone else spec, choice, None, settings, mover, counts)
+    asked = reasoner.speaker if spec.reasoner.startswith(("qwen:", "remote:")) or own.extractor == "mllm" and reasoner else None
+    conditioner = model.conditioner.with_cues(finder, make_extractor(own.extractor, root=parts.root, speaker=asked))
+    how = {"multiple": settings.multiple, "image_scale": own.image_guidance, "counts": counts, "mover": mover}
+    generator = make_generator(model, conditioner, **how)
+    defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
+    if spec.reasoner == "qwen":
+        notes = [*notes, "ReasonBrain reasons inside its conditioner, without words: name a reasoner to think and reflect."]
+    progress.end()
+    made = (reasoner, generator, None, POLICIES[spec.policy], counts, settings, defaults, _origin(choice) if reasoner else None)
+    return System(spec.system, *made, (*_notice(settings), *notes), mover)
+
+
+SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {
+    STEP1X: _load_step1x,
+    QWEN: _load_qwen_image,
+    BRAIN: _load_reasonbrain,
+}
 
 
 # ---- shared parts --------------------------------------------------------------------------------------------------------
@@ -341,14 +388,14 @@ def _origin(choice: PackChoice) -> dict[str, Any]:
 
 
 def _make_reasoner(
-    spec: SystemSpec, choice: PackChoice, mllm: QwenVL, settings: Settings, mover, counts: Counts
+    spec: SystemSpec, choice: PackChoice, mllm: QwenVL | None, settings: Settings, mover, counts: Counts
 ) -> tuple[Reasoner | None, list[str]]:
     """The reasoner, and notes on its LoRAs."""
     kind, _, value = spec.reasoner.partition(":")
     if kind == "qwen" and value:
         mllm, mover, notes = _load_speaking(spec, value, counts, spec.reasoner_loras)
         return _reasoner(spec, choice, _qwen_speaker(mllm, settings, mover)), notes
-    _refuse_reasoner_loras(spec.reasoner_loras, spec.reasoner)
+    refuse_reasoner_loras(spec.reasoner_loras, spec.reasoner)
     if kind == "none" or (kind == "own" and not mllm.can_generate):
         return None, []
     if kind in ("qwen", "own"):
@@ -388,7 +435,7 @@ def _load_speaking(spec: SystemSpec, path: str, counts: Counts, loras: Loras) ->
     dtype, device, home = _placement(spec)
     mllm = load_mllm(Path(path), dtype=dtype, device=home, tokenizer_path=spec.tokenizer, counts=counts)
     _note_moves(spec, mllm)
-    notes = _apply_loras(loras, mllm)
+    notes = apply_loras(loras, mllm)
     return mllm, _mover(spec, device, mllm=mllm.model), notes
 
 
@@ -418,53 +465,6 @@ def _load_mllm(spec: SystemSpec, parts: Parts, dtype: torch.dtype, device: torch
 def _note_moves(spec: SystemSpec, mllm: QwenVL) -> None:
     if spec.offload != "none" or spec.make_mover is not None:
         mllm.stepping().declined = "the weights are moved between calls"
-
-
-def _apply_loras(loras: Loras, mllm: QwenVL, transformer: torch.nn.Module | None = None) -> list[str]:
-    """Apply each LoRA to the DiT, the MLLM or both, as its keys say. Returns a sentence per file of which a part was left."""
-    from .lora import apply_lora_to
-
-    modules = ({} if transformer is None else {"dit": transformer}) | {"mllm": mllm.model}
-    notes = []
-    for number, (path, scale) in enumerate(loras):
-        reports = apply_lora_to(modules, path, scale, name=f"lora{number}")
-        unmatched = next(iter(reports.values())).unmatched
-        if unmatched:
-            few = ", ".join(unmatched[:5])
-            notes.append(f"{path}: {len(unmatched)} keys of the LoRA match nothing in this model: {few}.")
-    if loras:
-        mllm.release()
-    return notes
-
-
-def _draft_adapter(loras: Loras, transformer: torch.nn.Module) -> str:
-    """The name of the adapter that is on for drafts alone, beside the weights and off for now; "" without one."""
-    from .drafter import switch
-    from .lora import apply_lora, read_lora
-
-    if not loras:
-        return ""
-    if len(loras) > 1:
-        raise ConfigError(f"draft LoRA: expected one, found {len(loras)}. Leave the others out, or merge them into one file.")
-    ((path, scale),) = loras
-    told = (".lora_magnitude_vector", ".dora_scale", ".set_weight")
-    moves = next((key for key in read_lora(path)[0] if any(part in key for part in told)), None)
-    if moves is not None:
-        raise ConfigError(
-            f"{path}: expected a LoRA that can be switched off after a draft, found one that changes the weights themselves "
-            f"({moves}). Take a plain LoRA for drafts."
-        )
-    name = apply_lora(transformer, path, scale, name="draft").name
-    switch(transformer, name, on=False)
-    return name
-
-
-def _refuse_reasoner_loras(loras: Loras, reasoner: str) -> None:
-    if loras:
-        raise ConfigError(
-            f"{loras[0][0]}: expected a reasoner qwen:DIR to put this LoRA onto, found {reasoner!r}. The checkpoint's own MLLM "
-            "gets its LoRAs with the editor's (--lora); other reasoners take none."
-        )
 
 
 def _find_pack(spec: SystemSpec, root: Path | None, variant: str | None, settings: Settings | None = None) -> PackChoice:

@@ -46,6 +46,8 @@ def trace_record(trace: EditTrace, counts: Counts, run: Mapping[str, Any] | None
         "think": asked.think,
         "reflect": asked.reflect,
     }
+    if asked.image_guidance is not None:
+        request["image_guidance"] = asked.image_guidance
     if asked.region is not None:
         request["region"] = asked.region.record()
     if asked.guidance_interval is not None:

@@ -73,6 +73,9 @@ RELEASED: dict[str, Settings] = {
     "step1x-v1.2": Settings(),
     "qwen-edit": Settings(steps=50, guidance=4.0, multiple=32, conditioner_pixels=(3136, 12845056)),
     "qwen-edit-plus": Settings(steps=50, guidance=4.0, multiple=32, conditioner_pixels=(3136, 12845056)),
+    # Not released: what ReasonBrain's base models are used with. 64: the UNet halves its latents three times.
+    "reasonbrain-sd": Settings(steps=50, guidance=7.5, size_level=512, multiple=64),
+    "reasonbrain-flux": Settings(steps=28, guidance=3.5),
 }
 
 

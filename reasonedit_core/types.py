@@ -41,7 +41,8 @@ class EditRequest:
     max_rounds: the largest number of edits. max_seconds: no round is started after this time. draft: make rounds as drafts and
     only what led to the chosen one in full (`drafts`); of no effect without reflection.
     region: denoise only what is edited; guidance_interval: guide only at some timesteps; step_cache: extrapolate some steps
-    (not with a region). All are faster and not exact.
+    (not with a region). All are faster and not exact. image_guidance: ReasonBrain's second scale, how far the source is
+    followed; None: the checkpoint's.
     """
 
     image: torch.Tensor
@@ -60,6 +61,7 @@ class EditRequest:
     guidance_interval: GuidanceInterval | None = None
     step_cache: StepCache | None = None
     draft: Draft | None = None
+    image_guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,18 @@ class FoundMasks:
     masks: torch.Tensor
     iou: torch.Tensor
     stability: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """The regions of one picture; the first is the background, where there is any.
+
+    masks (R, g, g) uint8, the share of each vision token that a region covers in 1/255. geometry (R, 8) float32: centre x, y,
+    width, height, area (shares of the picture), predicted IoU, stability, 1 for the background.
+    """
+
+    masks: torch.Tensor
+    geometry: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

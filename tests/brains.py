@@ -149,3 +149,143 @@ def write_text_encoder(folder: Path, width: int = 24, seed: int = 0) -> tuple[Pa
             )
         ).save_pretrained(folder / "text_encoder")
     return folder / "text_encoder", place
+
+
+def write_unet(folder: Path, seed: int = 0, channels: int = 4) -> Path:
+    """A tiny UNet of SD's kind in diffusers' layout."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        UNet2DConditionModel(
+            sample_size=8,
+            in_channels=channels,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            attention_head_dim=8,
+            norm_num_groups=32,
+        ).save_pretrained(folder)
+    return folder
+
+
+def write_flux(folder: Path, seed: int = 0) -> Path:
+    """A tiny FLUX transformer in diffusers' layout."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=24,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ).save_pretrained(folder)
+    return folder
+
+
+def write_vae(folder: Path, seed: int = 0, **config) -> Path:
+    """A tiny autoencoder of SD's kind, 8 pixels per latent; with `shift_factor` of FLUX's."""
+    from diffusers import AutoencoderKL
+
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, **kinds, **config)
+        made.save_pretrained(folder)
+    return folder
+
+
+def write_scheduler(folder: Path, kind: str) -> Path:
+    """The scheduler's configuration as the released folders have it: PNDM of SD, flow matching of FLUX."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+    sd = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "skip_prk_steps": True}
+    made = PNDMScheduler(**sd) if kind == "sd" else FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    made.save_pretrained(folder)
+    return folder
+
+
+def write_bases(folder: Path, kind: str = "sd") -> Path:
+    """All that a ReasonBrain is trained around, in the folders of its layout; pictures of 64 pixels, two steps."""
+    write_llava(folder / "llava")
+    write_text_encoder(folder)
+    if kind == "sd":
+        write_unet(folder / "unet")
+        write_vae(folder / "vae", scaling_factor=0.18215)
+    else:
+        write_flux(folder / "transformer")
+        write_vae(folder / "vae", scaling_factor=0.3611, shift_factor=0.1159)
+    write_scheduler(folder / "scheduler", kind)
+    (folder / "reasonedit.json").write_text(json.dumps({"steps": 2, "size_level": 64, "multiple": 16}))
+    (folder / "reasonbrain.json").write_text(json.dumps({"segmenter": "grid"}))
+    return folder
+
+
+def write_system(folder: Path, kind: str = "sd", seed: int = 0, **off) -> Path:
+    """A whole tiny system, as training would leave it: nothing that starts at zero is zero. off: fields of Switches."""
+    from reasonedit.reasonedit_core.brain.layout import find_brain_parts
+    from reasonedit.reasonedit_core.brain.model import FIRST, new_brain_model, save_brain_model
+
+    write_bases(folder, kind)
+    parts = find_brain_parts(folder, trained=False)
+    model = new_brain_model(parts, TINY, switches=Switches(**off), seed=seed)
+    model.llava.add_lora(rank=2, alpha=4, dropout=0.0)
+    first = getattr(model.network, FIRST[kind]).requires_grad_(True)
+    trained = [*model.brain.parameters(), *model.llava.trainable().values(), *model.llava.projector.parameters()]
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in (*trained, *first.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=rng))
+    save_brain_model(folder, model, parts)
+    return folder
+
+
+def write_sam(folder: Path, kind: str = "sam", seed: int = 0) -> Path:
+    """A tiny SAM or SAM 2 in transformers' layout: 64 pixels."""
+    import transformers
+
+    small = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "sam":
+            vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+            size = {"image_size": 64, "patch_size": 16}
+            config = transformers.SamConfig(
+                vision_config={**vision, **size, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8},
+                prompt_encoder_config={"hidden_size": 16, "image_embedding_size": 4, **size, "mask_input_channels": 4},
+                mask_decoder_config={**small, "num_hidden_layers": 2},
+            )
+            transformers.SamModel(config).save_pretrained(folder)
+            return folder
+        backbone = {
+            "image_size": [64, 64],
+            "hidden_size": 8,
+            "blocks_per_stage": [1, 1, 1, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
+            "num_attention_heads_per_stage": [1, 1, 1, 1],
+            "window_size_per_stage": [4, 4, 4, 2],
+            "global_attention_blocks": [],
+            "window_positional_embedding_background_size": [4, 4],
+            "model_type": "sam2_hiera_det_model",
+        }
+        config = transformers.Sam2Config(
+            vision_config={
+                "model_type": "sam2_vision_model",
+                "backbone_config": backbone,
+                "backbone_channel_list": [64, 32, 16, 8],
+                "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+                "fpn_hidden_size": 16,
+            },
+            prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+            mask_decoder_config=small,
+        )
+        transformers.Sam2Model(config).save_pretrained(folder)
+    return folder

@@ -16,7 +16,7 @@ from reasonedit.reasonedit_core.cli import _check_draft, build_parser
 from reasonedit.reasonedit_core.drafter import Drafter
 from reasonedit.reasonedit_core.drafts import draft_request, drafts, full_run, left_to_make
 from reasonedit.reasonedit_core.errors import ConfigError, Interrupted
-from reasonedit.reasonedit_core.load import _draft_adapter
+from reasonedit.reasonedit_core.load_lora import draft_adapter
 from reasonedit.reasonedit_core.loop import POLICIES, Stop, next_step, think_edit_reflect
 from reasonedit.reasonedit_core.report import RunFolder, trace_record
 from reasonedit.reasonedit_core.run import round_line
@@ -207,7 +207,7 @@ def test_a_draft_lora_counts_in_drafts_alone(tmp_path):
     apply_lora(network, tmp_path / "main.safetensors", 0.5)
     base = network(x)
     state = write_lora(tmp_path / "fast.safetensors")
-    name = _draft_adapter(((tmp_path / "fast.safetensors", 2.0),), network)
+    name = draft_adapter(((tmp_path / "fast.safetensors", 2.0),), network)
     assert torch.equal(network(x), base), "off until a draft is made"
 
     class Generator:
@@ -234,10 +234,10 @@ def test_a_draft_lora_counts_in_drafts_alone(tmp_path):
 def test_a_draft_lora_must_be_one_that_can_be_switched_off(tmp_path, key):
     write_lora(tmp_path / "fast.safetensors", **{key: torch.ones(4)})
     with pytest.raises(ConfigError, match="can be switched off"):
-        _draft_adapter(((tmp_path / "fast.safetensors", 1.0),), Network())
+        draft_adapter(((tmp_path / "fast.safetensors", 1.0),), Network())
     with pytest.raises(ConfigError, match="expected one, found 2"):
-        _draft_adapter(((tmp_path / "fast.safetensors", 1.0),) * 2, Network())
-    assert _draft_adapter((), Network()) == ""
+        draft_adapter(((tmp_path / "fast.safetensors", 1.0),) * 2, Network())
+    assert draft_adapter((), Network()) == ""
 
 
 @pytest.mark.parametrize(

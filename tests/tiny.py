@@ -9,20 +9,40 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from reasonedit.reasonedit_core.brain import model
 from reasonedit.reasonedit_core.mini import builder
+from reasonedit.tests import brains
 
 
 @cache
 def tiny_checkpoint(system: str, seed: int = 0, std: float = builder.STD) -> Path:
     """Folder of the tiny checkpoint of `system`. Shared between tests and processes: do not write into it."""
-    folder = _cache() / f"{system}-{seed}-{std}"
+    return _built(f"{system}-{seed}-{std}", lambda place: builder.build_checkpoint(system, place, seed=seed, std=std))
+
+
+@cache
+def tiny_reasonbrain(kind: str = "sd") -> Path:
+    """Folder of a tiny ReasonBrain system, sd or flux. Shared like the others."""
+    digest = hashlib.sha256()
+    core = Path(model.__file__).parent.parent
+    rooms = (core / "brain", core / "models" / "reasonbrain", core / "conditioners")
+    ours = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    for source in (Path(brains.__file__), core / "mllm" / "llava.py", *ours):
+        digest.update(source.read_bytes())
+    return _built(f"reasonbrain-{kind}-{digest.hexdigest()[:16]}", lambda place: brains.write_system(place, kind))
+
+
+def _built(name: str, build: Callable[[Path], object]) -> Path:
+    """The folder `name` of the cache, built where it is not there."""
+    folder = _cache() / name
     if not folder.exists():
         # Built aside and renamed, so that a process that runs at the same time never sees half a checkpoint.
         building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        builder.build_checkpoint(system, building, seed=seed, std=std)
+        build(building)
         try:
             building.rename(folder)
         except OSError:

@@ -7,20 +7,27 @@ The metadata holds widths and switches, so that the modules can be built from th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..mllm.llava import Llava
-from ..models.reasonbrain.brain import ReasonBrain
 from ..models.reasonbrain.spec import BrainSpec, Switches
 from ..weightfiles import read_metadata, read_state
 
+if TYPE_CHECKING:
+    from ..mllm.llava import Llava
+    from ..models.reasonbrain.brain import ReasonBrain
+
 FILE, LORA, NOTE = "brain.safetensors", "lora", "reasonbrain"
+
+DENOISER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Where a LoRA of the denoiser goes: the projections of its attention."""
 
 
 def trained_tensors(brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None) -> dict[str, Tensor]:
@@ -33,6 +40,20 @@ def trained_tensors(brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None
     return found
 
 
+def add_denoiser_lora(denoiser: Any, rank: int, alpha: int, targets: Sequence[str] | str = DENOISER_TARGETS) -> None:
+    """Put a LoRA on the attention of a diffusers network, in place; a checkpoint then holds it. What was trained stays so.
+
+    targets: ends of module names, or one regular expression.
+    """
+    from peft import LoraConfig
+
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    names = targets if isinstance(targets, str) else list(targets)
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0))
+    for p in trained:  # peft freezes all that it does not add, the widened first layer too
+        p.requires_grad_(True)
+
+
 def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
     """Write all that was trained into `folder`. The LoRA is written where LLaVA has one."""
     from safetensors.torch import save_file
@@ -41,31 +62,59 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
     folder.mkdir(parents=True, exist_ok=True)
     tensors = trained_tensors(brain, llava, denoiser)
     note = {"spec": asdict(brain.spec), "switches": asdict(brain.switches), "img_tokens": list(llava.img_names)}
+    note["lora"] = llava.peft is not None
+    lora = getattr(denoiser, "peft_config", {}).get("default")
+    if lora is not None:
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        note["denoiser_lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "targets": targets}
     state = {key: p.detach().cpu().contiguous().clone() for key, p in tensors.items()}
     save_file(state, folder / FILE, metadata={"format": "pt", NOTE: json.dumps(note)})
     if llava.peft is not None:
         llava.save_lora(folder / LORA)
 
 
-def build_brain(folder: str | Path) -> ReasonBrain:
-    """The modules a checkpoint was made of, with widths and switches from its metadata; no weights yet. CheckpointError."""
+@dataclass(frozen=True, slots=True)
+class BrainNote:
+    """The metadata of a checkpoint. lora: whether LLaVA has one. denoiser_lora: rank, alpha and targets of the denoiser's."""
+
+    spec: BrainSpec
+    switches: Switches
+    lora: bool
+    denoiser_lora: Mapping[str, Any] | None = None
+
+
+def read_note(folder: str | Path) -> BrainNote:
+    """Widths and switches of the checkpoint in `folder`. Raises CheckpointError."""
     file = Path(folder) / FILE
     try:
         note = json.loads(read_metadata(file)[NOTE])
         spec = {**note["spec"], "taps": tuple(note["spec"]["taps"])}
-        return ReasonBrain(BrainSpec(**spec), Switches(**note["switches"]))
+        lora = note.get("denoiser_lora")
+        lora = None if lora is None else {name: lora[name] for name in ("rank", "alpha", "targets")}
+        return BrainNote(BrainSpec(**spec), Switches(**note["switches"]), bool(note["lora"]), lora)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{file}: expected the metadata `{NOTE}` with widths and switches, found {error}. Name a folder of save_brain."
         ) from error
 
 
-@torch.no_grad()
-def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
-    """Fill the modules from `folder`, and LLaVA's LoRA where the folder has one.
+def build_brain(folder: str | Path) -> ReasonBrain:
+    """The modules a checkpoint was made of, with widths and switches from its metadata; no weights yet. CheckpointError."""
+    from ..models.reasonbrain.brain import ReasonBrain
 
-    Strict: CheckpointError names what is missing, unknown or of another shape; then no tensor has been copied, though a LoRA
-    that could not be read may be attached, still empty.
+    note = read_note(folder)
+    return ReasonBrain(note.spec, note.switches)
+
+
+@torch.no_grad()
+def load_brain(
+    folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None
+) -> dict[str, int]:
+    """Fill the modules from `folder`, and LLaVA's LoRA where it was saved with one. -> number of tensors by part.
+
+    Of the denoiser the checkpoint's tensors are filled in, and those that require a gradient must be among them. Strict:
+    CheckpointError names what is missing, unknown or of another shape; then no tensor has been copied, though a LoRA that
+    could not be read may be attached, still empty.
     """
     folder = Path(folder)
     state = read_state(folder / FILE)
@@ -79,10 +128,12 @@ def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
             f"{folder / FILE}: expected {len(own)} tensors, found {len(state)}, of which {len(faults)} do not fit: "
             f"{'; '.join(faults[:8])}. Build the modules with build_brain and hand in the denoiser that was trained."
         )
-    if (folder / LORA).is_dir():
+    if read_note(folder).lora:
         llava.load_lora(folder / LORA)
     for key, p in own.items():
         p.copy_(state[key])
+    counts = Counter(key.partition(".")[0] for key in own)
+    return {**counts, "lora": len(llava.trainable())}
 
 
 def key_report(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

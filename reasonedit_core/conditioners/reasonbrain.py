@@ -5,6 +5,7 @@ What the frozen encoders see (`features`) is apart from what is trained (`run`),
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..interfaces import ObjectExtractor, Segmenter
+from ..interfaces import ObjectExtractor, RegionFinder
 from ..mllm.llava import Llava
 from ..models.reasonbrain.assembler import assemble
 from ..models.reasonbrain.brain import ReasonBrain
 from ..models.reasonbrain.cme import Enhanced
 from ..models.reasonbrain.frce import Features
-from ..segmenters.regions import Regions, batch_regions, select_regions
-from ..types import Conditioning
+from ..segmenters.regions import batch_regions
+from ..types import Conditioning, Regions
 from .text_states import TextStates
 
 
@@ -34,8 +35,9 @@ class BrainOutput:
 class ReasonBrainConditioner:
     """Picture + instruction -> conditioning of the denoiser.
 
-    segmenter: needed where the region branch is on and no regions are handed in. extractor: names the objects where none are
-    handed in; without one, or when it finds nothing, the whole instruction is the one object.
+    finder: needed where the region branch is on and no regions are handed in. extractor: names the objects where none are
+    handed in; without one, or when it finds nothing, the whole instruction is the one object. pooler: the CLIP text encoder
+    whose pooled vector the denoiser wants beside the context (FLUX).
     Raises CheckpointError when the widths of the parts do not fit each other.
     """
 
@@ -45,15 +47,23 @@ class ReasonBrainConditioner:
         llava: Llava,
         text: TextStates,
         *,
-        segmenter: Segmenter | None = None,
+        finder: RegionFinder | None = None,
         extractor: ObjectExtractor | None = None,
+        pooler: TextStates | None = None,
     ) -> None:
         _check_widths(brain, llava, text)
         self.brain = brain
         self.llava = llava
         self.text = text
-        self.segmenter = segmenter
+        self.finder = finder
         self.extractor = extractor
+        self.pooler = pooler
+
+    def with_cues(self, finder: RegionFinder | None = None, extractor: ObjectExtractor | None = None) -> ReasonBrainConditioner:
+        """The same conditioner with others to find regions and objects, such as the user's own; None keeps what there is."""
+        other = copy.copy(self)
+        other.finder, other.extractor = finder or self.finder, extractor or self.extractor
+        return other
 
     def objects_of(self, instruction: str, image: Tensor | None = None) -> list[str]:
         """The names that stand for this instruction, for a user to see and correct; never empty.
@@ -66,13 +76,19 @@ class ReasonBrainConditioner:
         return found or [instruction.strip()]
 
     def regions_of(self, image: Tensor) -> Regions:
-        """The regions of image (1, 3, H, W). Raises ConfigError without a segmenter."""
-        if self.segmenter is None:
+        """The regions of image (1, 3, H, W). Raises ConfigError without a finder."""
+        if self.finder is None:
             raise ConfigError(
-                "expected a segmenter or regions for the region branch, found neither. Hand in regions (`select_regions` of "
-                "`user_masks`), or load a model whose region branch is off."
+                "expected a segmenter or regions for the region branch, found neither. Draw masks, name a segmenter (SAM, or "
+                "`grid`, which needs no network), or load a model whose region branch is off."
             )
-        return select_regions(self.segmenter.segment(image), self.llava.grid)
+        return self.finder.regions(image, self.llava.grid)
+
+    def pooled(self, instructions: Sequence[str]) -> Tensor | None:
+        """CLIP's pooled vectors (B, P) of the instructions, None for a denoiser that wants none."""
+        if self.pooler is None:
+            return None
+        return self.pooler.names([[instruction] for instruction in instructions])[0][:, 0]
 
     def features(
         self,
@@ -144,7 +160,8 @@ class ReasonBrainConditioner:
             objects=None if objects is None else [objects],
             regions=None if regions is None else [regions],
         )
-        return as_conditioning(self.run(features, [instruction]).enhanced)
+        made = as_conditioning(self.run(features, [instruction]).enhanced)
+        return replace(made, pooled=self.pooled([instruction]))
 
 
 def as_conditioning(enhanced: Enhanced) -> Conditioning:

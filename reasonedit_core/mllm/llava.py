@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..files import write_json
 from ..weightfiles import read_json, weight_files
 
 if TYPE_CHECKING:
@@ -165,6 +166,9 @@ class Llava:
             raise ConfigError("expected a LLaVA with a LoRA, found one without. Call add_lora first.")
         # Rows are saved as trained tokens; without False peft would add both whole tables because the vocabulary has grown.
         self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        # Where this LLaVA lies on this machine; peft would warn of it on every other.
+        config = Path(folder) / LORA_FILES[0]
+        write_json(config, {**read_json(config), "base_model_name_or_path": None})
 
     def load_lora(self, folder: str | Path) -> None:
         """Read what `save_lora` wrote. Raises CheckpointError unless every key and shape is there, and no other."""

@@ -10,7 +10,7 @@ from ..errors import ConfigError, Interrupted, ReasonerError
 from ..interfaces import Query
 from ..types import OnText, ShouldStop
 
-TASKS = ("think", "describe", "score", "reflect", "edit_score", "quality_score")
+TASKS = ("think", "describe", "score", "reflect", "edit_score", "quality_score", "objects")
 
 
 class ScriptedSpeaker:

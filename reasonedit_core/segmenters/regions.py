@@ -6,29 +6,17 @@ N masks found, R regions kept, g the side of the vision tower's grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError
-from ..types import FoundMasks
+from ..interfaces import Segmenter
+from ..types import FoundMasks, Regions
 
 LIMIT = 32
 """Regions of one picture, the background among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Regions:
-    """The regions of one picture; the first is the background, where there is any.
-
-    masks (R, g, g) uint8, the share of each vision token that a region covers in 1/255. geometry (R, 8) float32: centre x, y,
-    width, height, area (shares of the picture), predicted IoU, stability, 1 for the background.
-    """
-
-    masks: Tensor
-    geometry: Tensor
 
 
 def select_regions(
@@ -87,6 +75,64 @@ def user_masks(masks: Tensor) -> FoundMasks:
         )
     sure = torch.ones(len(drawn), device=drawn.device)
     return FoundMasks(drawn, sure, sure)
+
+
+class SegmentedRegions:
+    """A `RegionFinder`: what a segmenter finds in each picture, selected."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+
+    def regions(self, image: Tensor, grid: int) -> Regions:
+        """image (1, 3, H, W) in 0..1 -> at most 32 regions on a grid of grid x grid."""
+        return select_regions(self.segmenter.segment(image), grid)
+
+
+class GivenRegions:
+    """A `RegionFinder` that answers with the masks of a user, whatever the picture: a chained edit keeps the places."""
+
+    def __init__(self, masks: Tensor) -> None:
+        """masks (N, H, W) or (H, W), in 0..1 or bool. Raises ConfigError where none covers anything."""
+        self.found = user_masks(masks)
+
+    def regions(self, image: Tensor, grid: int) -> Regions:
+        """The masks and their background as regions, on the picture's device; all of them, whatever their size."""
+        made = select_regions(self.found, grid, limit=len(self.found.masks) + 1, overlap=1.0, smallest=0.0, largest=1.0)
+        return Regions(made.masks.to(image.device), made.geometry.to(image.device))
+
+
+class KnownRegions:
+    """A `RegionFinder` that answers with regions found before, whatever the picture."""
+
+    def __init__(self, known: Regions) -> None:
+        self.known = known
+
+    def regions(self, image: Tensor, grid: int) -> Regions:
+        """The regions, on the picture's device. Raises ConfigError where they are of another grid."""
+        if self.known.masks.shape[-1] != grid:
+            raise ConfigError(
+                f"expected regions on a grid of {grid}, found {self.known.masks.shape[-1]}. Find them with the same model."
+            )
+        return Regions(self.known.masks.to(image.device), self.known.geometry.to(image.device))
+
+
+class GridSegmenter:
+    """A segmenter without a network: boxes of equal size, side x side of them."""
+
+    def __init__(self, side: int = 4) -> None:
+        if side < 1:
+            raise ConfigError(f"grid segmenter: expected at least one box a side, found {side}.")
+        self.side = side
+        self.name = f"grid{side}"
+
+    def segment(self, image: Tensor) -> FoundMasks:
+        """image (1, 3, H, W) -> side^2 masks that cover it without overlap; fewer where it has fewer rows or columns."""
+        height, width = image.shape[-2:]
+        rows, columns = (torch.arange(n, device=image.device) * self.side // n for n in (height, width))
+        number = rows[:, None] * self.side + columns[None]
+        masks = torch.stack([number == n for n in number.unique()])
+        sure = torch.ones(len(masks), device=image.device)
+        return FoundMasks(masks, sure, sure)
 
 
 def batch_regions(pictures: Sequence[Regions]) -> tuple[Tensor, Tensor, Tensor]:
