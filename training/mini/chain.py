@@ -74,13 +74,15 @@ _SETTINGS = "reasonedit.json"
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A run on the way to the base MLLM or to a base editor. mllm, dit: the runs whose parts it begins with; None: random."""
+    """A run on the way to the base MLLM or to a base editor. mllm, dit: the runs whose parts it begins with; None: random.
+    sets: `A.B=VALUE` put over the recipe."""
 
     recipe: str
     run: str
     system: str
     mllm: str | None = None
     dit: str | None = None
+    sets: tuple[str, ...] = ()
 
 
 _TEACHERS = ("mini-s-base", "mini-s-edits")
@@ -96,8 +98,9 @@ MLLM_LEGS = (
 EDITOR_LEGS: Mapping[str, Sequence[Leg]] = {
     "mini-s": (Leg("details", "mini-s-details", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
     "mini-q": (
-        Leg("base", "mini-q-base", "mini-q", MLLM_RUN),
-        Leg("edits", "mini-q-edits", "mini-q", MLLM_RUN, dit="mini-q-base"),
+        # At the shift of `details` from the start: it was found when mini-s had gone half of its way.
+        Leg("base", "mini-q-base", "mini-q", MLLM_RUN, sets=("stage.base.timesteps.shift=6.0",)),
+        Leg("edits", "mini-q-edits", "mini-q", MLLM_RUN, dit="mini-q-base", sets=("stage.edits.timesteps.shift=6.0",)),
         Leg("details", "mini-q-details", "mini-q", MLLM_RUN, dit="mini-q-edits"),
     ),
 }
@@ -219,7 +222,9 @@ class Chain:
         legs = MLLM_LEGS if leg in MLLM_LEGS else EDITOR_LEGS[leg.system]
         if any(self._has_run(later.run) for later in legs[legs.index(leg) + 1 :]):
             return 0
-        return self._recipe_run(leg.recipe, leg.run, lambda: self._beginning(leg), (f'model.system="{MINIS[leg.system]}"',))
+        return self._recipe_run(
+            leg.recipe, leg.run, lambda: self._beginning(leg), (f'model.system="{MINIS[leg.system]}"', *leg.sets)
+        )
 
     def _beginning(self, leg: Leg) -> Path:
         if leg.mllm is None:
