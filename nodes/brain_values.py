@@ -1,8 +1,8 @@
 """What travels on the wires of ReasonBrain's nodes, and how it is loaded and asked. Imports no ComfyUI.
 
-    REASONBRAIN_MODEL      BrainHandle
-    REASONBRAIN_REGIONS    a tuple of the core's Regions, one per picture
-    REASONBRAIN_GUIDANCE   Guidance   what ReasonBrain made of one picture and instruction, a megabyte on the CPU
+REASONBRAIN_MODEL      BrainHandle
+REASONBRAIN_REGIONS    a tuple of the core's Regions, one per picture
+REASONBRAIN_GUIDANCE   Guidance   what ReasonBrain made of one picture and instruction, a megabyte on the CPU
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def say_objects(names: Sequence[str]) -> str:
     return ", ".join(re.sub(r"[\n,;，；、]+", " ", name) for name in names)
 
 
-def find_objects(
-    instruction: str, method: str, picture: torch.Tensor | None = None, speaker: Any = None
-) -> list[str]:
+def find_objects(instruction: str, method: str, picture: torch.Tensor | None = None, speaker: Any = None) -> list[str]:
     """Names of what the instruction is about, never empty. method: auto, mllm, rules or whole, or `spacy:DIR`."""
     from ..reasonedit_core.brain.cues import make_extractor
 

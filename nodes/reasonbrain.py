@@ -215,8 +215,9 @@ class Regions(io.ComfyNode):
             outputs=[
                 RegionsSocket.Output("regions", display_name="regions", tooltip="For Reason or Edit."),
                 io.Mask.Output(
-                    "masks", display_name="masks", tooltip="Each region as a mask, on the vision tower's grid; "
-                    "background first."
+                    "masks",
+                    display_name="masks",
+                    tooltip="Each region as a mask, on the vision tower's grid; background first.",
                 ),
             ],
             hidden=host.WHO,
@@ -241,9 +242,7 @@ def _cue_inputs() -> list[Any]:
             tooltip="What the instruction is about, with commas between the names, such as from Objects. Empty: "
             "found by rules.",
         ),
-        RegionsSocket.Input(
-            "regions", optional=True, tooltip="From Regions. Not wired: the model's own segmenter finds them."
-        ),
+        RegionsSocket.Input("regions", optional=True, tooltip="From Regions. Not wired: the model's own segmenter finds them."),
     ]
 
 
@@ -396,8 +395,20 @@ class Edit(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, brain, image, instruction, seed, steps, guidance, size, negative, image_guidance, objects, regions=None,
-        previous=None ) -> io.NodeOutput:
+        cls,
+        brain,
+        image,
+        instruction,
+        seed,
+        steps,
+        guidance,
+        size,
+        negative,
+        image_guidance,
+        objects,
+        regions=None,
+        previous=None,
+    ) -> io.NodeOutput:
         """Edit."""
         values = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "size": size, "negative": negative}
         cues = {"objects": objects, "regions": regions, "previous": previous}

@@ -139,9 +139,7 @@ def euler(
     return latents
 
 
-def euler_step(
-    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
-) -> torch.Tensor:
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
     """latents and velocity (1, N, C) at sigma () -> latents at sigma_next (), in the dtype of the velocity."""
     # The sum is made in float32 from latents kept in the model's dtype: that is what the released scheduler does.
     return (latents.to(torch.float32) + (sigma_next - sigma) * velocity).to(velocity.dtype)

@@ -68,9 +68,7 @@ class Speaker(Protocol):
 class Reasoner(Protocol):
     """The role that thinks and reflects. Pictures are (1, 3, H, W) in 0..1."""
 
-    def bound(
-        self, *, seed: int = 0, on_text: OnText | None = None, should_stop: ShouldStop | None = None
-    ) -> Reasoner:
+    def bound(self, *, seed: int = 0, on_text: OnText | None = None, should_stop: ShouldStop | None = None) -> Reasoner:
         """The same reasoner for one run: its seed, where its words are streamed to, and how it is stopped."""
         ...
 

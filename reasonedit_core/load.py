@@ -278,9 +278,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     progress("MLLM")
     mllm = _load_mllm(spec, parts, dtype, home, counts)
     progress("DiT")
-    transformer, report = load_qwen_transformer(
-        parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype
-    )
+    transformer, report = load_qwen_transformer(parts.transformer, dtype=dtype, device=home, weights_dtype=spec.weights_dtype)
     _check_attention(spec, device, dtype, _head_dims(transformer.config))
     lora_notes = apply_loras(spec.loras, mllm, transformer)
     sketching = draft_adapter(spec.draft_loras, transformer)
@@ -361,9 +359,7 @@ SYSTEMS: dict[str, Callable[[SystemSpec, _Progress], System]] = {
 # ---- shared parts --------------------------------------------------------------------------------------------------------
 
 
-def _system(
-    spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes, drafter: Drafter | None
-) -> System:
+def _system(spec, generator, mllm, counts, settings, choice: PackChoice, mover, notes, drafter: Drafter | None) -> System:
     defaults = {name: getattr(settings, name) for name in ("steps", "guidance", "size_level")} | {"negative": None}
     reasoner, more = _make_reasoner(spec, choice, mllm, settings, mover, counts)
     notes = (*_notice(settings), *notes, *more)

@@ -140,9 +140,7 @@ def input_picture(trace: EditTrace, step: Step, policy: Policy) -> tuple[torch.T
     return (edited.image, None) if policy.released else (edited.generated, edited.latents)
 
 
-def _edit(
-    trace, request, step, generator, policy, rng, before: float, *, full_of=None, on_step, should_stop
-) -> EditTrace:
+def _edit(trace, request, step, generator, policy, rng, before: float, *, full_of=None, on_step, should_stop) -> EditTrace:
     picture, latents = input_picture(trace, step, policy)
     clock = time.monotonic()
     edited = generator.edit(

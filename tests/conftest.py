@@ -13,9 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("reasonedit") is None:
-    spec = importlib.util.spec_from_file_location(
-        "reasonedit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
+    spec = importlib.util.spec_from_file_location("reasonedit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
     sys.modules["reasonedit"] = module
     spec.loader.exec_module(module)

@@ -23,7 +23,6 @@ from reasonedit.tests import kernel_cases as cases  # noqa: E402
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
-
 def _mend_loops() -> None:
     """Triton 3.6 turns the bound of a loop into an int in a way that NumPy 2.4 no longer allows; 3.9 does it as here."""
     from triton.runtime import interpreter
@@ -127,9 +126,7 @@ def test_k4_through_the_door():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param("qk_norm_rope", marks=pytest.mark.slow), "gate_norm_modulate", "guided_step"]
-)
+@pytest.mark.parametrize("op", [pytest.param("qk_norm_rope", marks=pytest.mark.slow), "gate_norm_modulate", "guided_step"])
 def test_trial_passes_here_and_fails_where_a_kernel_is_wrong(op, monkeypatch):
     """The card's own test, on the CPU: k1, k2 and k4."""
     device = torch.device("cpu")
@@ -296,5 +293,3 @@ def test_k5_operators_satisfy_torch():
     call = (q, k, v, mask.lo, mask.hi, mask.seen_by(64), 0.25)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.reasonedit.interval_attention.default, call, test_utils=tests)
-
-

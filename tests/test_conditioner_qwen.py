@@ -97,9 +97,7 @@ def test_template_is_not_in_the_repository():
     root = Path(__file__).resolve().parent.parent
     sentence = max(read_template(plus=True).head.split("."), key=len).strip()
     rooms = ("reasonedit_core", "nodes", "training", "tests", "workflows")
-    texts = [
-        path for room in rooms for path in (root / room).rglob("*.*") if path.suffix in (".py", ".toml", ".json", ".md")
-    ]
+    texts = [path for room in rooms for path in (root / room).rglob("*.*") if path.suffix in (".py", ".toml", ".json", ".md")]
     assert len(sentence) > 40 and texts
     assert not [path for path in texts if sentence[:40] in path.read_text(encoding="utf-8", errors="ignore")]
 

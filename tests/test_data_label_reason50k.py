@@ -32,7 +32,7 @@ from reasonedit.training.data.label.cli import main
 from reasonedit.training.data.label.editworld import EditWorldPair, read_editworld
 from reasonedit.training.data.label.hypothetical import leak
 from reasonedit.training.data.label.journal import read_journal
-from reasonedit.training.data.label.objects import SpacyExtractor, joined
+from reasonedit.training.data.label.objects import joined
 from reasonedit.training.data.label.painters import DiffusersPainter
 from reasonedit.training.data.label.reason50k import Idea, Options, Plan, Reason50KPairs, held_out_of, plans, read_ideas
 from reasonedit.training.data.records import read_records
@@ -398,23 +398,13 @@ def test_end_to_end_with_a_tiny_sd_and_ip_adapter_as_the_candidate_step(models, 
 # ---- objects
 
 
-def test_objects_of_the_annotator_and_of_spacy_are_joined():
-    class Token:
-        def __init__(self, text, pos):
-            self.text, self.pos_ = text, pos
+def test_objects_of_the_annotator_and_of_an_extractor_are_joined():
+    class Extractor:
+        def extract(self, instruction, image=None):
+            return ["ice cube", "Paris"] if "ice" in instruction else []
 
-    class Span(list):
-        def __init__(self, start, *tokens):
-            super().__init__(tokens)
-            self.start, self.end = start, start + len(tokens)
-
-    class Document:
-        noun_chunks = [Span(0, Token("An", "DET"), Token("ice", "NOUN"), Token("cube", "NOUN")), Span(9, Token("It", "PRON"))]
-        ents = [Span(5, Token("Paris", "PROPN"))]
-
-    extractor = SpacyExtractor(lambda text: Document)
-    assert extractor.extract("An ice cube in Paris. It") == ["ice cube", "paris"]
-    assert joined(["cube", "table"], extractor, "x") == ["cube", "table", "paris"]
+    assert joined(["cube", "table"], Extractor(), "An ice cube in Paris.") == ["cube", "table", "Paris"]
+    assert joined(["cube"], Extractor(), "A cube.") == ["cube"]
     assert joined(["a", "a "], None, "x") == ["a"]
     assert len(joined([f"thing {number}" for number in range(20)], None, "x")) == 16
 

@@ -96,9 +96,7 @@ def test_batched_guidance_equals_sequential(name, zero_cond_t):
     grid, latents, references = make_inputs(name)
     positive, negative = draw(1, TEXT, 32, seed=2), draw(1, 3, 32, seed=3)
     t = torch.tensor([0.35])
-    alone = [
-        denoiser(latents, t, Conditioning(tokens), grid=grid, references=references) for tokens in (positive, negative)
-    ]
+    alone = [denoiser(latents, t, Conditioning(tokens), grid=grid, references=references) for tokens in (positive, negative)]
     padded = torch.cat([negative, torch.full((1, TEXT - 3, 32), 99.0)], 1)  # padding must not matter, whatever it holds
     mask = torch.tensor([[True] * TEXT, [True] * 3 + [False] * (TEXT - 3)])
     both = Conditioning(torch.cat([positive, padded]), mask)

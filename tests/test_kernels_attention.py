@@ -67,9 +67,7 @@ def test_sdpa_equals_reference(size, dtype, tolerance):
     b, t, s, h, hk, d = size
     for mask in ("none", "keys", "pairs"):
         q, k, v, keep = make(b, t, s, h, hk, d, mask=mask, dtype=dtype)
-        torch.testing.assert_close(
-            sdpa.run(q, k, v, keep), reference.run(q, k, v, keep), rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(sdpa.run(q, k, v, keep), reference.run(q, k, v, keep), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("mask", ["none", "pairs"])

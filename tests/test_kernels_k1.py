@@ -23,8 +23,10 @@ def make(batch=2, text=3, image=5, heads=4, key_heads=2, dim=8, dtype=torch.floa
     """Text, pictures and angles (L, D / 2)."""
     draw = cases.Draw(dtype, seed)
     layout = cases.Layout(batch=batch, heads=heads, key_heads=key_heads, dim=dim)
-    return cases.heads_of(draw, layout, text), cases.heads_of(draw, layout, image), torch.randn(
-        text + image, dim // 2, generator=draw.generator
+    return (
+        cases.heads_of(draw, layout, text),
+        cases.heads_of(draw, layout, image),
+        torch.randn(text + image, dim // 2, generator=draw.generator),
     )
 
 

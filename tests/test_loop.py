@@ -48,8 +48,19 @@ class Painter:
     def __init__(self, constant=None):
         self.calls, self.constant = [], constant
 
-    def edit(self, request, picture, instruction, rng, *, latents=None, released=False, source_size=True, on_step=None,
-             should_stop=None):
+    def edit(
+        self,
+        request,
+        picture,
+        instruction,
+        rng,
+        *,
+        latents=None,
+        released=False,
+        source_size=True,
+        on_step=None,
+        should_stop=None,
+    ):
         self.calls.append((picture, instruction, latents))
         value = torch.rand((), generator=rng) if self.constant is None else torch.tensor(self.constant)
         generated = torch.full((1, 3, 16, 16), float(value))
@@ -86,9 +97,7 @@ def request(**options) -> EditRequest:
 
 def run(verdicts, policy=MENDED, thoughts=("goal",), constant=None, on_round=None, **options):
     reasoner, generator = Scripted(verdicts, thoughts), Painter(constant)
-    trace = think_edit_reflect(
-        request(**options), reasoner=reasoner, generator=generator, policy=policy, on_round=on_round
-    )
+    trace = think_edit_reflect(request(**options), reasoner=reasoner, generator=generator, policy=policy, on_round=on_round)
     return trace, reasoner, generator
 
 
@@ -155,8 +164,9 @@ def test_a_worse_round_is_not_built_upon():
 
 
 def test_doubted_success_is_answered_with_the_scores_reason():
-    trace, reasoner, _ = run([verdict("success", consistency=2.0), verdict("success", consistency=8.0)],
-                             thoughts=("goal", "other"))
+    trace, reasoner, _ = run(
+        [verdict("success", consistency=2.0), verdict("success", consistency=8.0)], thoughts=("goal", "other")
+    )
     assert reasoner.asked == [None, "score says so"] and trace.best == 1 and trace.stop_reason == "success"
 
 
@@ -207,9 +217,7 @@ def test_an_error_carries_the_rounds_already_made(error, reason):
     trace = caught.value.trace
     assert len(trace.rounds) == 2 and trace.rounds[1].reflection is None and trace.best == 0
     assert trace.stop_reason == reason
-    assert [(len(t.rounds), t.rounds[-1].reflection is not None) for t in told] == [
-        (1, False), (1, True), (2, False)
-    ]
+    assert [(len(t.rounds), t.rounds[-1].reflection is not None) for t in told] == [(1, False), (1, True), (2, False)]
 
 
 # ---- best_round ----------------------------------------------------------------------------------------------------------
@@ -217,16 +225,25 @@ def test_an_error_carries_the_rounds_already_made(error, reason):
 
 def test_released_choice_is_the_product_and_a_success_only_breaks_ties():
     # Products 48, 42, 36: the success of round 2 loses to the rejected round 0, as measured on the released code.
-    rounds = [verdict(edit=(7, 6), quality=(8, 8)), verdict(edit=(7, 6), quality=(7, 8)),
-              verdict("success", edit=(7, 6), quality=(6, 8))]
+    rounds = [
+        verdict(edit=(7, 6), quality=(8, 8)),
+        verdict(edit=(7, 6), quality=(7, 8)),
+        verdict("success", edit=(7, 6), quality=(6, 8)),
+    ]
     assert best_round(made(rounds), RELEASED) == 0
     assert best_round(made(rounds), MENDED) == 2
 
 
-@pytest.mark.parametrize("decisions, best", [
-    (("refine", "refine"), 1), (("success", "refine"), 0), (("refine", "success"), 1), (("success", "success"), 1),
-    (("failed", "refine"), 1),
-])
+@pytest.mark.parametrize(
+    "decisions, best",
+    [
+        (("refine", "refine"), 1),
+        (("success", "refine"), 0),
+        (("refine", "success"), 1),
+        (("success", "success"), 1),
+        (("failed", "refine"), 1),
+    ],
+)
 def test_released_ties(decisions, best):
     assert best_round(made([verdict(d) for d in decisions]), RELEASED) == best
 
@@ -253,7 +270,11 @@ def test_merging_follows_the_language_of_the_goal():
 
 SCORE = st.floats(0, 10).map(lambda v: round(v, 1))
 VERDICT = st.builds(
-    verdict, st.sampled_from(["success", "refine", "failed"]), st.tuples(SCORE, SCORE), st.tuples(SCORE, SCORE), SCORE,
+    verdict,
+    st.sampled_from(["success", "refine", "failed"]),
+    st.tuples(SCORE, SCORE),
+    st.tuples(SCORE, SCORE),
+    SCORE,
     st.sampled_from(["more", "less", "goal", "x y"]),
 )
 
@@ -263,15 +284,24 @@ VERDICT = st.builds(
 def test_the_loop_ends_within_its_limit_and_the_best_never_falls(verdicts, policy, limit):
     verdicts = (verdicts * 8)[:limit]
     told = []
-    trace, _, generator = run(verdicts, policy, thoughts=["goal"] + [f"goal {i}" for i in range(9)],
-                              max_rounds=limit, on_round=told.append)
+    trace, _, generator = run(
+        verdicts, policy, thoughts=["goal"] + [f"goal {i}" for i in range(9)], max_rounds=limit, on_round=told.append
+    )
     assert 1 <= len(trace.rounds) == len(generator.calls) <= limit
     assert isinstance(next_step(trace, policy), Stop) or trace.stop_reason == "failed"
     if policy is MENDED:
         bests = [best_round(t, policy) for t in told if t.rounds[-1].reflection]
-        values = [-1.0 if b is None else score(trace.rounds[b].reflection) + 10 * (
-            trace.rounds[b].reflection.decision is Decision.SUCCESS
-            and trace.rounds[b].reflection.scores.consistency >= policy.doubt) for b in bests]
+        values = [
+            -1.0
+            if b is None
+            else score(trace.rounds[b].reflection)
+            + 10
+            * (
+                trace.rounds[b].reflection.decision is Decision.SUCCESS
+                and trace.rounds[b].reflection.scores.consistency >= policy.doubt
+            )
+            for b in bests
+        ]
         assert values == sorted(values), "while running, a worse round never replaces the best"
         steps = [(r.instruction, r.input_index) for r in trace.rounds]
         assert len(set(steps)) == len(steps), "no edit is tried twice"

@@ -18,9 +18,7 @@ def _place(path: str) -> Path:
     return tiny_checkpoint(system) / inside
 
 
-@pytest.mark.parametrize(
-    "folder", ["step1x-v1p2/text_encoder", "step1x-v1p2/processor", "qwen-edit/tokenizer", "qwen2.5-vl"]
-)
+@pytest.mark.parametrize("folder", ["step1x-v1p2/text_encoder", "step1x-v1p2/processor", "qwen-edit/tokenizer", "qwen2.5-vl"])
 def test_tokenizer_is_byte_level(folder):
     from transformers import AutoTokenizer
 
@@ -61,9 +59,7 @@ def test_chat_template():
     assert tail == f"Picture 1: {picture}swapPicture 2: {picture}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize(
-    ("folder", "tokens"), [("step1x-v1p2/processor", 280), ("qwen-edit/processor", 6), ("qwen2.5-vl", 6)]
-)
+@pytest.mark.parametrize(("folder", "tokens"), [("step1x-v1p2/processor", 280), ("qwen-edit/processor", 6), ("qwen2.5-vl", 6)])
 def test_processor_expands_the_picture(folder, tokens):
     """A 64 x 96 picture: the pixel bounds of Step1X enlarge it to at least 256 tokens, those of Qwen leave it small."""
     from PIL import Image

@@ -146,9 +146,7 @@ def test_bf16_equals_the_released_transformer(layout, mapping):
 def test_golden_cases_differ_by_more_than_the_tolerance():
     """Else the comparisons above could not tell layouts or the mapping apart."""
     for length in recipe.LENGTHS:
-        outputs = [
-            golden()[f"dit/fp32/{kind}/{layout}/{length}"] for kind in ("plain", "mapping") for layout in recipe.LAYOUTS
-        ]
+        outputs = [golden()[f"dit/fp32/{kind}/{layout}/{length}"] for kind in ("plain", "mapping") for layout in recipe.LAYOUTS]
         for index, one in enumerate(outputs):
             for other in outputs[index + 1 :]:
                 assert (one - other).abs().max() > 5e-5

@@ -45,7 +45,7 @@ def test_replies_are_read_tolerantly():
     assert parse_objects('["ice cube", "Sun"]') == ["ice cube", "Sun"]
     assert parse_objects('Sure: []. Or rather\n```json\n[" ice  cube. ", "ice cube", ""]\n```') == ["ice cube"]
     assert parse_objects('["ice cube", "the su') == ["ice cube"], "cut off"
-    assert parse_objects("[]") == [] and parse_objects("[1, 2] and [\"a\"]") == ["a"]
+    assert parse_objects("[]") == [] and parse_objects('[1, 2] and ["a"]') == ["a"]
     for reply in ("ice cube and sun", "[1, 2]", ""):
         with pytest.raises(MalformedReply, match="expected a JSON array of names"):
             parse_objects(reply)

@@ -269,7 +269,5 @@ def test_a_velocity_is_not_reused_across_the_border_of_the_guidance():
     velocity, calls = draw("velocity", (1, n, 4)), []
     one = known(lambda s: velocity, counts=calls)
     pair = flow.guided_velocity(one.predict, one.cond, one.cond, scale=2.0, combine=flow.combine_qwen, step=one.step)
-    _, use = denoise(
-        pair, draw("n", (1, n, 4)), sigmas, grid=(2, 3), region=region, interval=GuidanceInterval(0.35, 0.75)
-    )
+    _, use = denoise(pair, draw("n", (1, n, 4)), sigmas, grid=(2, 3), region=region, interval=GuidanceInterval(0.35, 0.75))
     assert (use.full, use.cached, use.guided, len(calls)) == (3, 7, 1, 4)

@@ -86,8 +86,10 @@ def test_a_score_that_was_not_asked_for_is_told_and_kept_in_a_file():
     full = sockets.Verdict(known, "g", "o", "t", edited.image)
     record, tensors = tracefile.to_record((sockets.HistoryRound("i", None, edited, full),))
     assert "asked" not in record["rounds"][0]["reflection"]["scores"], "older versions of the pack read it"
-    assert tracefile.from_record(record, tensors)[0].verdict.reflection.scores == known.scores == Scores(
-        (7.0, 8.0), (7.0, 8.0), known.scores.consistency, "fits"
+    assert (
+        tracefile.from_record(record, tensors)[0].verdict.reflection.scores
+        == known.scores
+        == Scores((7.0, 8.0), (7.0, 8.0), known.scores.consistency, "fits")
     )
 
 

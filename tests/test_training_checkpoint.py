@@ -400,7 +400,7 @@ def test_changed_data_are_refused(tmp_path, whole):
 
 def test_the_caller_may_say_what_must_be_the_same(tmp_path):
     run(tmp_path, stop=5, identity={"stage.lr": 0.1, "stage.kinds": ("think",)})
-    with pytest.raises(CheckpointError, match='1 values differ:\n  stage.lr: 0.1 in the checkpoint, 0.2 now'):
+    with pytest.raises(CheckpointError, match="1 values differ:\n  stage.lr: 0.1 in the checkpoint, 0.2 now"):
         run(tmp_path, resume="latest", identity={"stage.lr": 0.2, "stage.kinds": ("think",)})
     assert run(tmp_path, resume="latest", identity={"stage.lr": 0.1, "stage.kinds": ("think",)}).finished
 

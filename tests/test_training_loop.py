@@ -202,9 +202,7 @@ def test_no_average_for_lora_groups_unless_asked_for(tmp_path):
     assert names and all(name.startswith("dit.") for name in names)
 
 
-@pytest.mark.parametrize(
-    ("cause", "stops"), [("SIGTERM", True), ("SIGUSR1", False), ("save_quit", True), ("save", False)]
-)
+@pytest.mark.parametrize(("cause", "stops"), [("SIGTERM", True), ("SIGUSR1", False), ("save_quit", True), ("save", False)])
 def test_requests_are_honoured_at_the_next_boundary(tmp_path, cause, stops, caplog):
     """Asked for in the middle of step 3, between two micro-steps."""
     models, done = toy_models(), []

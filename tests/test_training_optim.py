@@ -57,9 +57,7 @@ def test_after_warmup_the_shape_is_that_of_transformers(name, schedule):
         theirs.step()
 
 
-@given(
-    st.sampled_from(SCHEDULES), st.integers(0, 20), st.integers(1, 40), st.floats(0, 1), st.integers(0, 60)
-)
+@given(st.sampled_from(SCHEDULES), st.integers(0, 20), st.integers(1, 40), st.floats(0, 1), st.integers(0, 60))
 def test_rates_stay_between_nothing_and_one(schedule, warmup, steps, floor, step):
     value = rate(OptimSettings(schedule=schedule, warmup=warmup, floor=floor), step, steps)
     assert 0 <= value <= 1 + 1e-12

@@ -79,9 +79,7 @@ def draw_missing(config: Config) -> None:
     wanted, folder = config.data.drawn, config.place(config.data.records[0])
     if not (folder / FILE_NAME).is_file():
         log.info("drawing records in %s", folder)
-        write_drawn(
-            folder, wanted.counts, wanted.seed, wanted.size, held_out=wanted.held_out, languages=wanted.languages
-        )
+        write_drawn(folder, wanted.counts, wanted.seed, wanted.size, held_out=wanted.held_out, languages=wanted.languages)
 
 
 def open_material(config: Config, base: Base, ranks: Ranks | None = None) -> Material:

@@ -109,8 +109,10 @@ class Base:
         folder = path if (path / "config.json").is_file() else path / "text_encoder" if path.is_dir() else None
         tokenizer_folder = load.find_tokenizer(folder, self.parts.tokenizer, path)
         tokenizer = load.load_tokenizer(tokenizer_folder)
-        raw = read_json(folder / "config.json") if folder else load.infer_config(
-            load.rename_keys(read_state(path)), tokenizer_folder, path
+        raw = (
+            read_json(folder / "config.json")
+            if folder
+            else load.infer_config(load.rename_keys(read_state(path)), tokenizer_folder, path)
         )
         with torch.device("meta"):
             model = Qwen2_5_VLForConditionalGeneration(load.make_config(raw, tokenizer)).to(self.dtype)
@@ -180,9 +182,7 @@ class Base:
         settings = self.settings()
         low, high = settings.conditioner_pixels
         if self.system == QWEN:
-            return QwenImageConditioner(
-                mllm, plus=self.plus, min_pixels=low, max_pixels=high, drop=settings.dropped_tokens
-            )
+            return QwenImageConditioner(mllm, plus=self.plus, min_pixels=low, max_pixels=high, drop=settings.dropped_tokens)
         prompt = self.dialogue().pack.conditioning_for(self.variant)
         dropped = prompt.dropped_tokens if settings.dropped_tokens is None else settings.dropped_tokens
         return Step1XConditioner(
@@ -245,9 +245,7 @@ def _quantise_shape(module: nn.Module, form: str, skip: Sequence[str]) -> None:
 def quantise_nf4(module: nn.Module, *, skip: Sequence[str], dtype: torch.dtype) -> tuple[str, ...]:
     """Replace the Linears below `module` by bitsandbytes' nf4 ones (quantised when moved to a device); returns their names."""
     bnb = _bitsandbytes()
-    chosen = [
-        name for name, child in module.named_modules() if type(child) is nn.Linear and not is_skipped(name, tuple(skip))
-    ]
+    chosen = [name for name, child in module.named_modules() if type(child) is nn.Linear and not is_skipped(name, tuple(skip))]
     for name in chosen:
         owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         old = getattr(owner, leaf)

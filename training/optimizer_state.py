@@ -104,9 +104,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _cut(tensor) else tensor
 
 
-def _entries(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[str, str, Any]]:
+def _entries(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, str, Any]]:
     """(parameter, key, value) of the whole state, in an order that is the same on all ranks."""
     for name, parameter in parameters.items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):

@@ -108,6 +108,4 @@ def choose(name: str, table: TrainSet, system: str) -> Chosen:
     random = preset.random if table.init is None else table.init == "random"
     if random and preset.mode == LORA:
         raise ConfigError(f"train.{name}.init: expected nothing, as a LoRA always starts at zero, found 'random'.")
-    return Chosen(
-        name, preset.part, preset.mode, table.include or include, (*exclude, *table.exclude), random, table
-    )
+    return Chosen(name, preset.part, preset.mode, table.include or include, (*exclude, *table.exclude), random, table)

@@ -29,7 +29,6 @@ _ZEROED = re.compile(
 )
 
 
-
 def inject_lora(module: nn.Module, chosen: Chosen, *, seed: int) -> tuple[str, ...]:
     """Put the LoRA of a set beside the Linears of `module` that it names; returns their names. Weights in the set's master
     dtype, A drawn from `seed` and the name, B zero."""
@@ -80,9 +79,7 @@ def _fill_adapter(name: str, layer: nn.Module, master: torch.dtype, seed: int) -
         setattr(layer.get_submodule(owner), leaf, nn.Parameter(values.detach()))
 
 
-def train_sets(
-    part: str, module: nn.Module, sets: Sequence[Chosen], *, seed: int, weight_decay: float
-) -> list[ParamGroup]:
+def train_sets(part: str, module: nn.Module, sets: Sequence[Chosen], *, seed: int, weight_decay: float) -> list[ParamGroup]:
     """Freeze `module` and free what the sets name: adapters are injected, full weights brought to their master dtype.
 
     Raises ConfigError where a set names nothing, where two share a weight, and where a full one names low-bit weights.
@@ -121,7 +118,7 @@ def _free(part: str, module: nn.Module, chosen: Chosen, names: Sequence[str], we
         if parameter.dtype in FP8_DTYPES or not parameter.dtype.is_floating_point:
             raise ConfigError(
                 f"train.{chosen.name}: expected weights that can be trained, found {name} kept in {parameter.dtype}. Load the "
-                f"{'MLLM' if part == MLLM else 'DiT'} in full ({part}_weights = \"full\"), or train a LoRA."
+                f'{"MLLM" if part == MLLM else "DiT"} in full ({part}_weights = "full"), or train a LoRA.'
             )
         parameter.data = parameter.data.to(master)
         parameter.requires_grad_(True)

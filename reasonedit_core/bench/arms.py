@@ -93,9 +93,7 @@ def forward(job: Job) -> Run:
     if job.get("stock"):
         network, pair = _full_transformer(job["system"], device), torch.cat([latents, reference], dim=1)
         shapes = [[(1, *GRID)] * 2]
-        return lambda number: _nothing(
-            network(pair, words.tokens, None, t.to(dtype), img_shapes=shapes, return_dict=False)
-        )
+        return lambda number: _nothing(network(pair, words.tokens, None, t.to(dtype), img_shapes=shapes, return_dict=False))
     from ..types import LatentImage
 
     denoiser = _denoiser(job["system"], device)
@@ -157,9 +155,7 @@ def _nothing(output: Any) -> None:
 def _small_generator(job: Job) -> FlowGenerator:
     from ..load import SystemSpec, load_system
 
-    spec = SystemSpec(
-        system=job["system"], weights=Path(job["folder"]), reasoner="none", dtype="float32", device=job["device"]
-    )
+    spec = SystemSpec(system=job["system"], weights=Path(job["folder"]), reasoner="none", dtype="float32", device=job["device"])
     generator = load_system(spec).generator
     if job.get("words"):
         from .weights import GivenWords

@@ -43,9 +43,7 @@ def interleave(arms: Mapping[str, Run], rounds: int, warmup: int = 1) -> dict[st
     return found
 
 
-def summary(
-    found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None = None
-) -> dict[tuple[str, str], Timing]:
+def summary(found: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None = None) -> dict[tuple[str, str], Timing]:
     """Timings by (arm, part), parts as the arms named them. The baseline's own ratio is 1."""
     out = {}
     for name, runs in found.items():

@@ -105,9 +105,7 @@ def stock(model: Any, processor: Any, job: Job) -> Callable[[int], None]:
     pictures = [Image.open(path).convert("RGB") for path in job["pictures"]]
 
     def ask(question: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question["parts"]
-        ]
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question["parts"]]
         images = [through_png(shown[name]) for name in question["images"]]
         messages = [{"role": "user", "content": content}]
         if question["system"] is not None:

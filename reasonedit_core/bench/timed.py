@@ -147,9 +147,7 @@ def _interleaved(
     return {}
 
 
-def _entries(
-    group: Group, runs: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None
-) -> list[dict[str, Any]]:
+def _entries(group: Group, runs: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None) -> list[dict[str, Any]]:
     jobs = {arm.name: arm.job for arm in group.arms}
     entries = []
     for (arm, part), timing in summary(runs, baseline).items():

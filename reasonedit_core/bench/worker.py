@@ -45,9 +45,7 @@ class ArmFailed(ReasonEditError):
 class Worker:
     """A started arm. module: dotted, below this package's root; its `main` gets `job` as JSON."""
 
-    def __init__(
-        self, module: str, job: Mapping[str, Any], *, python: str = sys.executable, paths: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, module: str, job: Mapping[str, Any], *, python: str = sys.executable, paths: Sequence[str] = ()) -> None:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [environment.get("PYTHONPATH")])])
         environment["PYTHONSAFEPATH"] = "1"  # files in the folder it is called from must not stand in for libraries

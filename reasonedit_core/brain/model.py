@@ -1,9 +1,9 @@
 """The networks of a ReasonBrain, loaded from their folders: for the generator, and for training to begin with or to go on.
 
-    parts = find_brain_parts(DIR)                   where everything lies
-    model = load_brain_model(parts)                 a trained one, strictly
-    model = new_brain_model(parts, "3b")            one to be trained: base models as they are, new modules from a seed
-    save_brain_model(DIR, model, parts)             what was trained, and where its parts lie
+parts = find_brain_parts(DIR)                   where everything lies
+model = load_brain_model(parts)                 a trained one, strictly
+model = new_brain_model(parts, "3b")            one to be trained: base models as they are, new modules from a seed
+save_brain_model(DIR, model, parts)             what was trained, and where its parts lie
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ def build_brain(folder: str | Path) -> ReasonBrain:
 
 
 @torch.no_grad()
-def load_brain(
-    folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None
-) -> dict[str, int]:
+def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> dict[str, int]:
     """Fill the modules from `folder`, and LLaVA's LoRA where it was saved with one. -> number of tensors by part.
 
     Of the denoiser the checkpoint's tensors are filled in, and those that require a gradient must be among them. Strict:

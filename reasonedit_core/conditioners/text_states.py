@@ -65,9 +65,7 @@ class TextStates:
         return "clip" in self.model.config.model_type
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
+        tokens = self.tokenizer(list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         device = next(self.model.parameters()).device
         return tokens.input_ids.to(device), tokens.attention_mask.to(device, torch.bool)
 

@@ -64,9 +64,7 @@ def load_flux(
         what = f"a {found}" if found else "no config.json that names its class"
         raise CheckpointError(f"{path}: expected a FluxTransformer2DModel, found {what}. Name the transformer folder.")
     weight_files(path)
-    return widen_flux(
-        FluxTransformer2DModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
-    ).to(device)
+    return widen_flux(FluxTransformer2DModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)).to(device)
 
 
 class FluxDenoiser:
@@ -74,9 +72,7 @@ class FluxDenoiser:
 
     kind: Literal["velocity"] = "velocity"
 
-    def __init__(
-        self, transformer: FluxTransformer2DModel, *, guidance: float = 3.5, counts: Counts | None = None
-    ) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel, *, guidance: float = 3.5, counts: Counts | None = None) -> None:
         if not isinstance(transformer.x_embedder, ResidualLinear):
             raise ConfigError("expected a widened FLUX transformer, found a plain one. Call widen_flux, or use load_flux.")
         self.transformer = transformer

@@ -81,9 +81,7 @@ def denoise(
     return latents, run.use(count, count if area is None else area.count(count))
 
 
-def _full_step(
-    run: _Run, latents: Tensor, i: int, after: int, area: _Area | None
-) -> tuple[Tensor, _Waiting | None]:
+def _full_step(run: _Run, latents: Tensor, i: int, after: int, area: _Area | None) -> tuple[Tensor, _Waiting | None]:
     """Step i over all tokens; `after` is the next one in full. Returns the latents, those outside the region at `after`."""
     if area is None or after == i + 1 or area.covers_all:
         latents = run.step(latents, run.predict(latents, i, guide=run.guides(i)), i, i + 1)

@@ -166,8 +166,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Non
     """Refuse what a backend could misread in silence: a float mask, heads that do not divide, keys unlike values."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ConfigError(
-            "attention takes q (B, T, H, D) and k, v (B, S, H, D), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+            f"attention takes q (B, T, H, D) and k, v (B, S, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
         )
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
         raise ConfigError(

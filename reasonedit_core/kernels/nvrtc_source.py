@@ -1,9 +1,9 @@
-'''The element-wise kernels in CUDA C++, compiled on the user's machine by NVRTC: no compiler, no header, no wheel per version.
+"""The element-wise kernels in CUDA C++, compiled on the user's machine by NVRTC: no compiler, no header, no wheel per version.
 
 They compute what `reference_ops` says, in float32, and round once. Macros of a compilation: KIND and WEIGHT_KIND say how
 tensors and weights (or modulation, or latents) are stored: 0 float32, 1 float16, 2 bfloat16. Structures of arguments have
 members of 8 bytes only; `nvrtc_ops` mirrors them.
-'''
+"""
 
 from __future__ import annotations
 

@@ -77,9 +77,7 @@ def qk_norm_rope_cached(
     return q
 
 
-def _streams(
-    image: Heads, table: Tensor, text: Heads | None, rows: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _streams(image: Heads, table: Tensor, text: Heads | None, rows: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of all tokens, text first."""
     length = image.q.shape[1] + (0 if text is None else text.q.shape[1])
     table = table[..., :length, :] if rows is None else table.index_select(-2, rows.long())
@@ -188,9 +186,7 @@ def guided_step(
     return out.to(cond.dtype), velocity.to(cond.dtype)
 
 
-def _combined(
-    cond: Tensor, uncond: Tensor, sigma: Tensor, scale: float, rule: str, power: float, truncate: float
-) -> Tensor:
+def _combined(cond: Tensor, uncond: Tensor, sigma: Tensor, scale: float, rule: str, power: float, truncate: float) -> Tensor:
     change = cond - uncond
     if rule == "step1x":
         length = change.norm(dim=-1, keepdim=True)

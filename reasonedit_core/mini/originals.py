@@ -121,12 +121,12 @@ def wan_vae_original(state: Mapping[str, torch.Tensor], *, num_res_blocks: int) 
         up = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name)
         if up:
             place = int(up[3]) if up[2] == "resnets" else per_level - 1
-            name = f"decoder.upsamples.{int(up[1]) * per_level + place}.{name[up.end():]}"
+            name = f"decoder.upsamples.{int(up[1]) * per_level + place}.{name[up.end() :]}"
         for pattern, target in _WAN_VAE:
             name = re.sub(pattern, target, name)
         # `conv1` inside a residual is another thing than the `conv1` that the first convolution of a side is called.
         inner = re.match(r"(\w+\.(?:downsamples|upsamples|middle)\.\d+)\.(norm1|conv1|norm2|conv2)\.", name)
         if inner:
-            name = f"{inner[1]}.{_WAN_RESIDUAL[inner[2]]}.{name[inner.end():]}"
+            name = f"{inner[1]}.{_WAN_RESIDUAL[inner[2]]}.{name[inner.end() :]}"
         out[name.replace(".conv_shortcut.", ".shortcut.")] = tensor
     return out

@@ -18,9 +18,7 @@ Merges = Sequence[tuple[str, str]]
 
 BYTES = 256
 
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Qwen2's pattern of words: no token reaches over the end of one. The slow tokenizer files do not state it."""
 
 SPECIAL_TOKENS = (
@@ -113,9 +111,7 @@ def write_tokenizer(
         {
             "add_bos_token": False,
             "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
-            },
+            "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
             **_special_tokens_map(),
             "bos_token": None,
             "chat_template": CHAT_TEMPLATE,

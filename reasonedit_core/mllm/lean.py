@@ -44,9 +44,7 @@ class LeanDecoder:
         self.model, self.heads, self.kv_heads = model, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def __call__(
-        self, cache: KVCache, tokens: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, cache: KVCache, tokens: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """tokens (B, T) at places (B, T), behind what the rows of the aimed cache hold -> hidden states (B, T, C).
 
         mask: (B, 1, T, S) bool of `KVCache.aim`, or None where all may be seen.

@@ -211,9 +211,7 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         enable_text_token_mapping: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(
-            attention_head_dim, axes_dims_rope, connector_hidden_size, connector_heads_num, joint_attention_dim
-        )
+        _check_sizes(attention_head_dim, axes_dims_rope, connector_hidden_size, connector_heads_num, joint_attention_dim)
         width = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         self.time_proj = Timesteps(timestep_in_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -230,9 +228,7 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.norm_out = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
-        self.text_token_mapping = (
-            nn.Linear(connector_in_channels, joint_attention_dim) if enable_text_token_mapping else None
-        )
+        self.text_token_mapping = nn.Linear(connector_in_channels, joint_attention_dim) if enable_text_token_mapping else None
         self.gradient_checkpointing = False
 
     def prepare_text(
@@ -345,9 +341,7 @@ class Step1XEditTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise ConfigError("positions are missing: give txt_ids and img_ids, or rope.")
             rope = self.rope(join_ids(txt_ids, img_ids))
         if rope[0].shape[-2] != length:
-            raise ConfigError(
-                f"positions for {rope[0].shape[-2]} tokens were given, text and image together have {length}."
-            )
+            raise ConfigError(f"positions for {rope[0].shape[-2]} tokens were given, text and image together have {length}.")
         return rope
 
 

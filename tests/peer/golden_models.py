@@ -26,9 +26,7 @@ def released(mapping: bool, std: float = 0.05) -> torch.nn.Module:
 
     model = Step1XEditTransformer2DModel(**recipe.TINY, enable_text_token_mapping=mapping)
     if mapping:
-        model.text_token_mapping = torch.nn.Linear(
-            recipe.TINY["connector_in_channels"], recipe.TINY["joint_attention_dim"]
-        )
+        model.text_token_mapping = torch.nn.Linear(recipe.TINY["connector_in_channels"], recipe.TINY["joint_attention_dim"])
     return recipe.randomise(model, std=std).eval()
 
 

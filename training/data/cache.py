@@ -328,9 +328,7 @@ def _wanted(
             report.failed.append(Refused(name, str(error)))
 
 
-def _wanted_moments(
-    cache: Cache, documents: Documents, record: Record, layout: Layout, document: str
-) -> Iterator[Wanted]:
+def _wanted_moments(cache: Cache, documents: Documents, record: Record, layout: Layout, document: str) -> Iterator[Wanted]:
     for name, size in zip(layout.names, layout.sizes, strict=True):
 
         def take(name: str = name, size: Size = size) -> Tensor:
@@ -339,9 +337,7 @@ def _wanted_moments(
         yield Wanted(MOMENTS, cache.moments_key(documents, record, name, size), document, take)
 
 
-def _wanted_states(
-    cache: Cache, documents: Documents, record: Record, task: str, layout: Layout, dropped: bool
-) -> Wanted:
+def _wanted_states(cache: Cache, documents: Documents, record: Record, task: str, layout: Layout, dropped: bool) -> Wanted:
     def take() -> TextDocument:
         return documents.condition(record, task, dropped=dropped)
 

@@ -62,9 +62,7 @@ class BrainSpec:
 
 PRESETS = {
     "7b": BrainSpec(),
-    "3b": BrainSpec(
-        language=3072, text=768, context=768, frce=720, frce_heads=9, cme=704, cme_heads=11
-    ),
+    "3b": BrainSpec(language=3072, text=768, context=768, frce=720, frce_heads=9, cme=704, cme_heads=11),
     "flux": BrainSpec(text=768, context=4096, channels=3072),
 }
 """7b: LLaVA-1.5-7B with SD 2.1; 3b: a LLaVA of 3-4B (Phi-3-mini) with SD 1.5; flux: LLaVA-1.5-7B with FLUX.1-dev."""

@@ -143,7 +143,7 @@ def _add_reason50k(commands) -> None:
     add("--clip", type=Path, metavar="DIR", help="a CLIP on this disk; without it its gate and measure drop out")
     add("--lpips", metavar="[NET=]FILE", help="network of torchvision's under LPIPS: alex, squeeze or vgg (alex); likewise")
     add("--aesthetics", metavar="FUNCTION", help="FILE.py:FUNCTION or MODULE:FUNCTION, path -> number; likewise")
-    add("--spacy", metavar="NAME", help="spaCy pipeline that finds further objects")
+    add("--spacy", type=Path, metavar="DIR", help="folder of a spaCy pipeline that finds further objects")
     add("--lpips-band", default="0.2,0.55", metavar="LEAST,MOST", help="distance of the two pictures (0.2,0.55)")
     add("--least-clip", type=real(-1, 1), default=0.22, metavar="X", help="of a picture before and its caption (0.22)")
     add("--most-ssim", type=real(-1, 1), default=0.95, metavar="X", help="likeness of the two pictures (0.95)")

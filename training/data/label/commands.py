@@ -58,9 +58,9 @@ def reflection_triples(args: argparse.Namespace) -> Job:
 
 def reason50k(args: argparse.Namespace) -> Job:
     """`reasonedit-data reason50k`."""
+    from ....reasonedit_core.extractors.parsed import load_spacy
     from .candidates import Gates
     from .editworld import read_editworld
-    from .objects import SpacyExtractor
     from .reason50k import Options, Reason50KPairs, plans, read_ideas
 
     gates = Gates(_band(args.lpips_band), args.least_clip, args.most_ssim, args.near, args.least_mark)
@@ -71,7 +71,7 @@ def reason50k(args: argparse.Namespace) -> Job:
     items = plans(ideas, pairs, options)
     painter, before = _painters(args) if ideas else (None, None)
     annotator, judge = _annotators(args, "judge")
-    extractor = SpacyExtractor(args.spacy) if args.spacy else None
+    extractor = load_spacy(args.spacy) if args.spacy else None
     measures = _measures(args)
 
     def make(runner: Any) -> Reason50KPairs:
