@@ -126,6 +126,11 @@ def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
         ran.clear()
         assert [made._leg(leg) for leg in legs] == [0] * len(legs) and len(ran) == left, run
     assert ran == [MLLM_RUN, "mini-q-details"]  # these two see for themselves that they have ended
+    for done, left in (((), [REASONING, THINKING]), ((THINKING,), [THINKING])):
+        for run in done:
+            (tmp_path / "runs" / run / f"{run}_merged").mkdir(parents=True)
+        ran.clear()
+        assert [made._first_stage(run) for run in (REASONING, THINKING)] == [0, 0] and ran == left
 
 
 def test_a_run_without_weights_is_no_part_of_a_checkpoint(tmp_path):

@@ -233,6 +233,8 @@ class Chain:
         return self._checkpoint(f"before/{leg.run}", leg.system, mllm=leg.mllm, dit=leg.dit, vae=with_vae)
 
     def _first_stage(self, run: str) -> int:
+        if run == REASONING and self._has_run(THINKING):
+            return 0
         return self._recipe_run(run, run, self._mllm)
 
     def _mllm(self) -> Path:
