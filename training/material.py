@@ -229,7 +229,7 @@ def fill_cache(
     if missing(cache, documents, records, moments=True):
         log.info("caching latents in %s", cache.root)
         codec = material.base.codec()
-        reports.append(fill(cache, documents, records, codec=codec, on_progress=_progress()))
+        reports.append(fill(cache, documents, records, codec=codec, on_progress=progress()))
     if plan.stage.cached.states and missing(cache, documents, records, moments=False, states=True, drops_text=drops):
         log.info("caching the MLLM's states in %s", cache.root)
         states_of = _states_of(material.base, carried)
@@ -241,7 +241,7 @@ def fill_cache(
                 states_of=states_of,
                 trainable=bool(plan.of(MLLM)),
                 drops_text=drops,
-                on_progress=_progress(),
+                on_progress=progress(),
             )
         )
     material.base.release()
@@ -308,7 +308,7 @@ def _bytes():
     return torch.uint8
 
 
-def _progress() -> Callable[[str, int, int], None]:
+def progress() -> Callable[[str, int, int], None]:
     """A line every tenth of the way, where there is much to do."""
     told = 0
 

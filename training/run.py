@@ -40,6 +40,7 @@ from .trainable import trainable_table
 
 if TYPE_CHECKING:
     from .data.cache import Cache
+    from .data.documents import Documents
 
 log = logging.getLogger(__name__)
 

@@ -91,9 +91,10 @@ def load_stage(base: BrainBase, plan: Plan, carried: Mapping[str, Carried]) -> B
         names = _names(modules[chosen.part], chosen, where)
         taken = [name for name in names if f"{chosen.part}.{name}" in owner]
         if taken:
+            other = owner[f"{chosen.part}.{taken[0]}"]
             raise ConfigError(
-                f"{where}.train: expected every weight in one set, found {taken[0]} in {owner[f'{chosen.part}.{taken[0]}']} and "
-                f"{chosen.name}. Take one of them away, or exclude the name from one."
+                f"{where}.train: expected every weight in one set, found {taken[0]} in {other} and {chosen.name}. Take one of "
+                "them away, or exclude the name from one."
             )
         owner |= {f"{chosen.part}.{name}": chosen.name for name in names}
         groups.append(free(chosen.part, modules[chosen.part], chosen, names, stage.optim.weight_decay))
@@ -152,8 +153,8 @@ def _check_same(chosen: Chosen | None, was: Mapping[str, Any] | None, where: str
     wrong = [name for name in now if now[name] != was[name]]
     if wrong:
         raise ConfigError(
-            f"{where}.train.{chosen.name}.{wrong[0]}: expected {was[wrong[0]]}, as the stage that began this LoRA has it, found "
-            f"{now[wrong[0]]}. Give the same, or start from `base`."
+            f"{where}.train.{chosen.name}.{wrong[0]}: expected {was[wrong[0]]}, as the stage that began this LoRA has it, "
+            f"found {now[wrong[0]]}. Give the same, or start from `base`."
         )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ...reasonedit_core.brain.model import BrainModel
     from ...reasonedit_core.interfaces import RegionFinder
     from ...reasonedit_core.latents import FluxCodec, SDCodec
+    from ...reasonedit_core.models.reasonbrain.brain import ReasonBrain
 
 
 class BrainBase:
@@ -83,6 +84,8 @@ class BrainBase:
                 device=self.device,
                 seed=self.config.run.seed,
             )
+            if self.switches != Switches():
+                _start_as_whole(self._model.brain, self.config.run.seed)
         return self._model
 
     def take(self) -> BrainModel:
@@ -124,6 +127,18 @@ class BrainBase:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _start_as_whole(brain: ReasonBrain, seed: int) -> None:
+    """Give a model with parts left out the weights that the whole one of this seed begins with, where it has them: what is
+    built later would else be drawn otherwise, and ablations would not start alike."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = type(brain)(brain.spec, Switches()).state_dict()
+    for name, tensor in brain.state_dict().items():
+        if name in whole and whole[name].shape == tensor.shape:
+            tensor.copy_(whole[name])
 
 
 def _spec(preset: str, changes: Mapping[str, Any]) -> BrainSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..checkpoint import apply_weights
 from ..config import BASE, PREVIOUS, BrainStage, Config
 from ..config_file import SNAPSHOT, read_snapshot
 from ..distributed import Ranks, gathered
-from ..material import HELD_OUT, TRAIN, Material, file_hash, open_material
+from ..material import HELD_OUT, TRAIN, Material, file_hash, open_material, progress
 from ..presets import BRAIN
 from ..run import TRAINED, before, is_done, need_done
 from ..sample import Sample, choose_records, write_sheet
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# ---- what a stage starts from ----------------------------------------------------------------------------------------------
+# ---- what a stage starts from -------------------------------------------------------------------------------------------
 
 
 def starting_point(config: Config, plan: Plan) -> dict[str, Carried]:
-    """What has been trained before a stage, under the name `brain`. CheckpointError where a folder holds nothing of the kind."""
+    """What has been trained before a stage, under the name `brain`. CheckpointError where a folder holds nothing of that."""
     start = plan.stage.start
     if start == (BASE,) or (start == (PREVIOUS,) and plan.index == 0):
         return {}
@@ -83,8 +84,6 @@ def filled_cache(
     material: Material, plan: Plan, carried: Mapping[str, Carried], ranks: Ranks | None = None
 ) -> Cache:
     """The cache with everything that a stage reads. Ranks share the work; every rank must call it."""
-    from ..material import _progress as progress
-
     examples, base = documents_of(material), material.base
     stage = plan.stage.brain or BrainStage()
     records = [one for split in (TRAIN, HELD_OUT) for one in material.of(plan, split) if {"input", "target"} <= set(one.files)]
@@ -102,7 +101,7 @@ def filled_cache(
     return examples.cache
 
 
-# ---- what a stage leaves -----------------------------------------------------------------------------------------------------
+# ---- what a stage leaves ------------------------------------------------------------------------------------------------
 
 
 def keep(config: Config, plan: Plan, loaded: BrainLoaded, outcome: Outcome, ranks: Ranks) -> None:
@@ -138,7 +137,7 @@ def export_stage(config: Config, plan: Plan, format: str, out: Path) -> Exported
     return export(config.out / plan.folder / TRAINED, format, out, config.run.name)
 
 
-# ---- what a stage is looked at by --------------------------------------------------------------------------------------------
+# ---- what a stage is looked at by ---------------------------------------------------------------------------------------
 
 
 def measure(seen: Seen, weights: AbstractContextManager[Any] | None = None) -> dict[str, float]:
@@ -172,8 +171,6 @@ def measure(seen: Seen, weights: AbstractContextManager[Any] | None = None) -> d
 
 
 def _only(material: Material, records: list) -> Material:
-    from dataclasses import replace
-
     ids = {record.id for record in records}
     return replace(material, records=tuple(record for record in material.records if record.id in ids))
 
@@ -216,7 +213,7 @@ class _Named:
         return list(self.names)
 
 
-# ---- the dry run ---------------------------------------------------------------------------------------------------------------
+# ---- the dry run --------------------------------------------------------------------------------------------------------
 
 
 def check_stages(config: Config, data: bool) -> list[str]:

@@ -21,8 +21,8 @@ KINDS = ("sd", "flux")
 CANVAS = 96
 
 Sizes = Mapping[str, Mapping[str, Any]]
-"""Fields of the configuration files, by part: vision, language, text_encoder, unet, transformer, vae; settings, brain: of
-reasonedit.json and reasonbrain.json."""
+"""Fields of the configuration files, by part: vision, language, text_encoder, unet, transformer, vae, scheduler; settings and
+brain: of reasonedit.json and reasonbrain.json."""
 
 TINY: Sizes = {
     "vision": {
@@ -60,6 +60,7 @@ TINY: Sizes = {
         "axes_dims_rope": (4, 4, 8),
     },
     "vae": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.18215},
+    "scheduler": {},
     "settings": {"steps": 2, "size_level": 64, "multiple": 16},
     "brain": {"segmenter": "grid"},
 }
@@ -105,7 +106,11 @@ MINI: Sizes = {
         "norm_num_groups": 8,
         "latent_channels": 4,
         "sample_size": CANVAS,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
     },
+    # v-prediction and a last step of pure noise: what the edit does is decided there, where an epsilon loss says least.
+    "scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     "settings": {"steps": 10, "guidance": 1.0, "size_level": CANVAS, "multiple": 8, "pictures": "miniature"},
     "brain": {"segmenter": "grid:3", "extractor": "rules", "image_guidance": 1.0},  # the world's scenes are 3 x 3 cells
 }
@@ -212,7 +217,7 @@ def _write_denoiser(folder: Path, kind: str, own: Sizes, width: int) -> None:
 
     if kind == "sd":
         UNet2DConditionModel(**{"cross_attention_dim": width, **own["unet"]}).save_pretrained(folder / "unet")
-        DDIMScheduler(**_SD, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
+        DDIMScheduler(**{**_SD, "set_alpha_to_one": False, **own["scheduler"]}).save_pretrained(folder / "scheduler")
         return
     widths = {"joint_attention_dim": width, "pooled_projection_dim": width}
     FluxTransformer2DModel(**widths, **own["transformer"]).save_pretrained(folder / "transformer")
