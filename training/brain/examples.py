@@ -52,10 +52,10 @@ class Told:
 
 
 def told(record: Record) -> Told:
-    """The words of a record: the hypothetical instruction where it is one, else what the user wrote. Objects: the record's own,
-    else found by rules, else the instruction as the one object. DataError for a record without words."""
+    """The words of a record: the hypothetical instruction where it is one, else what the user wrote, else what the editor is
+    told. Objects: the record's own, else found by rules, else the instruction as the one object. DataError without words."""
     own = record.reason50k
-    words = own.hypothetical if own else record.instruction.raw if record.instruction else None
+    words = own.hypothetical if own else record.instruction.raw if record.instruction else record.editor_instruction
     if words is None or not words.strip():
         raise record.error("missing-field", "instruction.raw", "an instruction", "none", "add it to the record.")
     objects = tuple(own.objects) if own else ()

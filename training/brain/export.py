@@ -1,9 +1,9 @@
 """A trained ReasonBrain for other programs, and as a folder that needs no other.
 
-    comfyui   NAME_unet.safetensors: the trained UNet with its LoRA merged, 8 input channels, under the names of the original
-              latent-diffusion code. ComfyUI's "Load Diffusion Model" takes it where it is of SD 1.5's widths.
-    peft      NAME_reasonbrain/: brain.safetensors, lora/ (a PEFT folder) and reasonbrain.json, to go on training from
-    merged    NAME_merged/: the same with all parts, the UNet merged; `reasonedit edit --system reasonbrain` runs it
+comfyui   NAME_unet.safetensors: the trained UNet with its LoRA merged, 8 input channels, under the names of the original
+          latent-diffusion code. ComfyUI's "Load Diffusion Model" takes it where it is of SD 1.5's widths.
+peft      NAME_reasonbrain/: brain.safetensors, lora/ (a PEFT folder) and reasonbrain.json, to go on training from
+merged    NAME_merged/: the same with all parts, the UNet merged; `reasonedit edit --system reasonbrain` runs it
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from .assemble import BrainLoaded, Carried, load_stage
 from .base import BrainBase
 from .examples import Examples, told
 from .export import export
-from .source import make_source
+from .source import FILLING, make_source
 
 if TYPE_CHECKING:
     from ..data.cache import Cache
@@ -80,9 +80,7 @@ def documents_of(material: Material) -> Examples:
     return Examples(base, cache, material.manifest, repr(sorted(seen.items())), base.reader().patch)
 
 
-def filled_cache(
-    material: Material, plan: Plan, carried: Mapping[str, Carried], ranks: Ranks | None = None
-) -> Cache:
+def filled_cache(material: Material, plan: Plan, carried: Mapping[str, Carried], ranks: Ranks | None = None) -> Cache:
     """The cache with everything that a stage reads. Ranks share the work; every rank must call it."""
     examples, base = documents_of(material), material.base
     stage = plan.stage.brain or BrainStage()
@@ -157,7 +155,7 @@ def measure(seen: Seen, weights: AbstractContextManager[Any] | None = None) -> d
         stack.enter_context(seen.ranks.autocast())
         stack.enter_context(evaluating(unit))
         for uses in batches:
-            fresh = [(record, number) for record, number in uses if number < 1000]  # what only fills a batch counts once
+            fresh = [(record, number) for record, number in uses if number < FILLING]  # what only fills a batch counts once
             for sigma in sigmas:
                 batch = source.validation(fresh, sigma)
                 for name, rows in unit(batch, plan.kind.losses).items():
@@ -235,5 +233,3 @@ def check_stages(config: Config, data: bool) -> list[str]:
         del loaded
         base.release()
     return [*lines, ""]
-
-

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 HELD_BYTES = 2 << 30
 """Of examples that a source keeps in memory once they were read: small files are slow to open."""
 
+FILLING = 1000
+"""From this number on a use of a record only fills up the last batch of its size."""
+
 _DROPS = "condition"
 _FIXED = -1
 """The epoch that validation draws noise of."""
@@ -104,7 +107,7 @@ class BrainSource:
         return self._steps
 
     def batches(self, epoch: int) -> list[list[Use]]:
-        """The batches of an epoch over all ranks; equally many in every epoch."""
+        """The batches of an epoch over all ranks; equally many in every epoch but where a mixture leaves records out."""
         if self._kept is None or self._kept[0] != epoch:
             self._kept = (epoch, self._plan(epoch))
         return self._kept[1]
@@ -122,7 +125,7 @@ class BrainSource:
         for own in by_size.values():
             short = -len(own) % size
             again = (own * size)[:short]  # under numbers that no other use has
-            full = own + [(record, number + 1000 * (1 + at // len(own))) for at, (record, number) in enumerate(again)]
+            full = own + [(record, number + FILLING * (1 + at // len(own))) for at, (record, number) in enumerate(again)]
             made += [full[at : at + size] for at in range(0, len(full), size)]
         made.sort(key=lambda batch: order("batch of " + noise.occurrence(batch[0][0].id, batch[0][1])))
         window = self.world * self.stage.packs.accumulation
@@ -159,7 +162,8 @@ class BrainSource:
         """The micro-steps of this rank at an optimizer step. DataError naming the record where one cannot be loaded."""
         share = self.stage.packs.accumulation
         first = (cursor * self.world + self.rank) * share
-        return [self.batch(uses, epoch) for uses in self.batches(epoch)[first : first + share]]
+        made = self.batches(epoch)  # in an epoch of other sizes there may be fewer
+        return [self.batch(made[(first + n) % len(made)], epoch) for n in range(share)]
 
     def validation(self, uses: Sequence[Use], t: float) -> BrainBatch:
         """Chosen records of one size at one t, with nothing left out and noise of no epoch."""

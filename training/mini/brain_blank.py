@@ -19,6 +19,7 @@ from ...reasonedit_core.mini.tokenizer import byte_tokens
 
 KINDS = ("sd", "flux")
 CANVAS = 96
+NOTICE = "A miniature: it edits drawn miniature scenes only, and says nothing about how well a full-size model edits."
 
 Sizes = Mapping[str, Mapping[str, Any]]
 """Fields of the configuration files, by part: vision, language, text_encoder, unet, transformer, vae, scheduler; settings and
@@ -111,7 +112,15 @@ MINI: Sizes = {
     },
     # v-prediction and a last step of pure noise: what the edit does is decided there, where an epsilon loss says least.
     "scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-    "settings": {"steps": 10, "guidance": 1.0, "size_level": CANVAS, "multiple": 8, "pictures": "miniature"},
+    "settings": {
+        "steps": 10,
+        "guidance": 1.0,
+        "size_level": CANVAS,
+        "multiple": 8,
+        "latents": "own",
+        "pictures": "miniature",
+        "notice": NOTICE,
+    },
     "brain": {"segmenter": "grid:3", "extractor": "rules", "image_guidance": 1.0},  # the world's scenes are 3 x 3 cells
 }
 
