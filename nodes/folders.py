@@ -19,6 +19,9 @@ FROM_CHECKPOINT = "from checkpoint"
 REMOTE, SCRIPTED = "remote endpoint", "scripted replies"
 NO_LORA = "(none found: put one into models/loras, then press R)"
 AUTO = "auto"
+BRAIN_FILE = "brain.safetensors"
+"""By which a ReasonBrain is known."""
+
 OWN_PACKS = {"english": "en", "chinese": "zh"}
 SUFFIXES = (".safetensors", ".json", ".toml", ".txt")
 
@@ -27,6 +30,25 @@ def editor_names() -> list[str]:
     """Checkpoint folders below models/reasonedit and models/diffusers, single transformer files, then the miniatures."""
     folders = [name for key in ("reasonedit", "diffusers") for name, path in _folders(key) if _is_editor(path, key)]
     return [*folders, *_files("diffusion_models"), *MINIS]
+
+
+def brain_names() -> list[str]:
+    """Folders of a ReasonBrain below models/reasonedit."""
+    return [name for name, path in _folders(host.MODELS) if (path / BRAIN_FILE).is_file()]
+
+
+def sam_names() -> list[str]:
+    """SAM and SAM 2 folders in transformers' layout."""
+    found = [(name, path) for key in (host.MODELS, "sams", "sam2") for name, path in _folders(key)]
+    return [name for name, path in found if _sam_of(path)]
+
+
+def sam_kind(name: str) -> str:
+    """sam or sam2: what an entry of `sam_names` is. ConfigError where it is neither."""
+    kind = _sam_of(locate(name))
+    if not kind:
+        raise ConfigError(f"{name}: expected SAM or SAM 2 in transformers' layout, found neither. Choose another.")
+    return kind
 
 
 def text_encoder_names() -> list[str]:
@@ -48,7 +70,10 @@ def reasoner_names() -> list[str]:
     """What can reason: Qwen2.5-VL folders, pipelines with a text encoder, single text encoder files, the miniatures, and the
     two that need no weights."""
     pipelines = [
-        name for key in ("reasonedit", "diffusers") for name, path in _folders(key) if (path / "text_encoder").is_dir()
+        name
+        for key in ("reasonedit", "diffusers")
+        for name, path in _folders(key)
+        if (path / "text_encoder").is_dir() and not (path / BRAIN_FILE).is_file()
     ]
     return [*_mllm_folders(), *pipelines, *_files("text_encoders"), *MINIS, REMOTE, SCRIPTED]
 
@@ -115,6 +140,8 @@ def _is_editor(path: Path, key: str) -> bool:
     """A pipeline that the core runs, or, right in the pack's own folder, a folder of single files."""
     from ..reasonedit_core.detect import PIPELINES
 
+    if (path / BRAIN_FILE).is_file():
+        return False
     if (path / "model_index.json").is_file():
         return _json(path / "model_index.json").get("_class_name") in PIPELINES
     if key != host.MODELS or path.parent not in host.places(key) or (path / "config.json").is_file():
@@ -129,6 +156,12 @@ def _mllm_folders() -> list[str]:
         for name, path in found
         if not (path.parent / "model_index.json").is_file() and _json(path / "config.json").get("model_type") == "qwen2_5_vl"
     ]
+
+
+def _sam_of(path: Path) -> str:
+    """sam or sam2, or "" for another folder. Published SAM 2 folders state the type of its video model."""
+    kind = str(_json(path / "config.json").get("model_type", ""))
+    return {"sam": "sam", "sam2": "sam2", "sam2_video": "sam2"}.get(kind, "")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from PIL import Image
 
 from ..reasonedit_core.errors import Interrupted
-from . import expand, sockets, streaming
+from . import brain_values, expand, sockets, streaming
 
 __all__ = ["ROOT", "ComfyExtension", "io", "ui"]
 
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 ROOT = "ReasonEdit"
 """The category of every node."""
 
+BRAIN_ROOT = f"{ROOT}/ReasonBrain"
+"""That of the nodes of ReasonBrain."""
+
 ReasonerSocket = io.Custom(sockets.REASONER)
 EditorSocket = io.Custom(sockets.EDITOR)
 EditedSocket = io.Custom(sockets.EDITED)
@@ -37,6 +40,9 @@ VerdictSocket = io.Custom(sockets.VERDICT)
 HistorySocket = io.Custom(sockets.HISTORY)
 FlowSocket = io.Custom(sockets.FLOW)
 LorasSocket = io.Custom(sockets.LORAS)
+BrainSocket = io.Custom(brain_values.BRAIN)
+RegionsSocket = io.Custom(brain_values.REGIONS)
+GuidanceSocket = io.Custom(brain_values.GUIDANCE)
 
 WHO = [io.Hidden.unique_id, io.Hidden.dynprompt]
 """Hidden inputs of a node that shows what it does while it runs."""
@@ -254,6 +260,7 @@ def previewer(system: str) -> Callable[[torch.Tensor], Image.Image] | None:
     from latent_preview import Latent2RGBPreviewer
 
     formats = {"reasonedit-s": comfy.latent_formats.Flux, "reasonedit-q": comfy.latent_formats.Wan21}
+    formats |= {"reasonbrain-sd": comfy.latent_formats.SD15, "reasonbrain-flux": comfy.latent_formats.Flux}
     known = formats[system]()
     inner = Latent2RGBPreviewer(known.latent_rgb_factors, known.latent_rgb_factors_bias)
 
@@ -263,6 +270,27 @@ def previewer(system: str) -> Callable[[torch.Tensor], Image.Image] | None:
         return inner.decode_latent_to_preview(latents.float())
 
     return show
+
+
+# ---- ComfyUI's own models ------------------------------------------------------------------------------------------------
+
+
+def unet_facts(model: Any) -> dict[str, int | None]:
+    """Of a MODEL: channels of its input, width of its context, width of its first layer; None where it is no UNet."""
+    config = model.model.model_config.unet_config
+    return {"channels": config.get("in_channels"), "context": config.get("context_dim"), "width": config.get("model_channels")}
+
+
+def patch_unet(model: Any, key: str, wrapper: Callable, patch: Callable) -> Any:
+    """A copy of a MODEL with a wrapper around each evaluation of conditionings and a patch behind its input blocks."""
+    from comfy.patcher_extension import WrappersMP
+
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, key)
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, wrapper)
+    if patch not in patched.model_options["transformer_options"].get("patches", {}).get("input_block_patch", ()):
+        patched.set_model_input_block_patch(patch)
+    return patched
 
 
 # ---- what the loop asks the host -----------------------------------------------------------------------------------------
@@ -295,10 +323,10 @@ class ReasonEditExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The node classes of the pack, in the order of their definition."""
-        from . import auto_loop, edit, loop, mini_scene, models, reflect, think, trace
+        from . import auto_loop, edit, loop, mini_scene, models, reasonbrain, reflect, think, trace
 
         register_folder()
-        modules = (models, think, edit, reflect, loop, auto_loop, trace, mini_scene)
+        modules = (models, think, edit, reflect, loop, auto_loop, trace, mini_scene, reasonbrain)
         return [
             item
             for module in modules

@@ -21,6 +21,7 @@ from torch import nn
 from ..reasonedit_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ..reasonedit_core.brain.generator import BrainGenerator
     from ..reasonedit_core.generator import Plan
     from ..reasonedit_core.mllm.qwen25vl import QwenVL
     from ..reasonedit_core.types import EditRequest
@@ -30,7 +31,13 @@ UNKNOWN = 1 << 30
 """Bytes asked for when nobody said what a component will need."""
 
 # Bytes per pixel and byte of the type that the two autoencoders take at their widest layer, as ComfyUI reckons with them.
-VAE_PER_PIXEL = {"reasonedit-s": 2178, "reasonedit-q": 7000}
+VAE_PER_PIXEL = {"reasonedit-s": 2178, "reasonedit-q": 7000, "reasonbrain": 2178}
+
+UNET_PER_LATENT = 10486
+"""Bytes per latent and byte of the type that a UNet of SD's size takes, as ComfyUI reckons with them."""
+
+PASSES = 3
+"""Passes of three-pass guidance, made as one batch."""
 
 BLOCK_WIDTHS = 20
 """Widths of the network that one token takes while a DiT block runs: q, k, v, the feed-forward's four, twice, and copies."""
@@ -146,4 +153,24 @@ def editor_bytes(editor: EditorHandle, plan: Plan, request: EditRequest | None =
         "mllm": mllm_bytes(seen, mllm.config.get_text_config(), mllm.dtype.itemsize),
         "dit": dit_bytes(tokens, width, mllm.dtype.itemsize) + kept,
         "vae": vae_bytes(editor.system, max(output, *encoded), vae.dtype.itemsize),
+    }
+
+
+def brain_bytes(generator: BrainGenerator, plan: Plan) -> dict[str, int]:
+    """What one edit of ReasonBrain of the sizes of `plan` needs, by component."""
+    conditioner, codec = generator.conditioner, generator.codec
+    llava, spec = conditioner.llava.model, conditioner.brain.spec
+    seen = 2 * spec.grid**2 + spec.img_tokens + TEXT_TOKENS  # the picture's tokens, and as many cues
+    itemsize = llava.dtype.itemsize
+    height, width = plan.grid
+    if generator.sampler.kind == "sd":
+        denoising = PASSES * height * width * itemsize * UNET_PER_LATENT
+    else:
+        config = generator.sampler.denoiser.transformer.config
+        tokens = height * width + 2 * spec.queries
+        denoising = dit_bytes(tokens, config.num_attention_heads * config.attention_head_dim, itemsize)
+    return {
+        "mllm": mllm_bytes(seen, llava.config.text_config, itemsize),
+        "dit": denoising,
+        "vae": vae_bytes("reasonbrain", plan.output[0] * plan.output[1], codec.vae.dtype.itemsize),
     }

@@ -180,6 +180,8 @@ def run_edit(args: argparse.Namespace) -> int:
     if remark := picture_remark(system.settings.pictures, picture.rgb):
         say(f"warning: {args.image}: {remark}")
     has_reasoner = system.reasoner is not None
+    if not has_reasoner:
+        folder.describe(reasoner="none")
     request = EditRequest(
         image=picture.rgb,
         instruction=args.instruction,

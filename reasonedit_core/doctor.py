@@ -310,6 +310,8 @@ def check_weights(path: Path) -> list[Finding]:
 
     if not path.exists():
         return [Finding("problem", f"--weights: nothing at {path}", "check the path, or `reasonedit download`")]
+    if (path / "brain.safetensors").is_file():
+        return _check_brain(path)
     try:
         layout = detect(path)
     except ReasonEditError as error:
@@ -328,6 +330,23 @@ def check_weights(path: Path) -> list[Finding]:
         findings.append(Finding("note", text))
     elif layout.system == "reasonedit-s":
         findings.append(_check_pack((path if path.is_dir() else path.parent) / "dialogue.toml"))
+    return findings
+
+
+def _check_brain(path: Path) -> list[Finding]:
+    """A folder of ReasonBrain: what was trained, and the parts it was trained around."""
+    from .brain.layout import find_brain_parts
+
+    try:
+        parts = find_brain_parts(path)
+    except ReasonEditError as error:
+        return [Finding("problem", str(error))]
+    findings = [Finding("ok", f"{path}: reasonbrain ({parts.kind})"), *_check_part("ReasonBrain", path / "brain.safetensors")]
+    for name, place in (("llava", parts.llava), ("denoiser", parts.network), ("vae", parts.vae)):
+        findings.extend(_check_part(name, place))
+    if parts.segmenter is None and parts.settings.segmenter == "auto":
+        text = "no segmenter: a model that sees regions needs SAM or SAM 2 in `segmenter`"
+        findings.append(Finding("note", text, 'put one there, or set {"segmenter": "grid"} in reasonbrain.json'))
     return findings
 
 

@@ -166,7 +166,7 @@ def write_unet(folder: Path, seed: int = 0, channels: int = 4) -> Path:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=24,
             attention_head_dim=8,
-            norm_num_groups=8,
+            norm_num_groups=32,
         ).save_pretrained(folder)
     return folder
 
@@ -207,7 +207,7 @@ def write_scheduler(folder: Path, kind: str) -> Path:
     """The scheduler's configuration as the released folders have it: PNDM of SD, flow matching of FLUX."""
     from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-    sd = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "skip_prk_steps": True}
+    sd = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "skip_prk_steps": True}
     made = PNDMScheduler(**sd) if kind == "sd" else FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     made.save_pretrained(folder)
     return folder

@@ -26,7 +26,7 @@ import pytest
 from reasonedit.reasonedit_core.mini.models import PLACE
 from reasonedit.tests.minis import stand_ins
 from reasonedit.tests.pictures import draw_picture
-from reasonedit.tests.tiny import tiny_checkpoint
+from reasonedit.tests.tiny import tiny_checkpoint, tiny_reasonbrain
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
@@ -51,6 +51,7 @@ def fill(base: Path) -> None:
     """Put tiny checkpoints and a picture below `base`, under the names that our workflows use."""
     _copy(tiny_checkpoint("step1x-v1p2", std=0.2), base / "models" / "reasonedit" / "reasonedit-s")
     _copy(tiny_checkpoint("qwen-edit-plus", std=0.2), base / "models" / "reasonedit" / "reasonedit-q")
+    shutil.copytree(tiny_reasonbrain(), base / "models" / "reasonedit" / "reasonbrain")
     files, mllm = tiny_checkpoint("comfy-qwen-files", std=0.2), tiny_checkpoint("qwen2.5-vl", std=0.2)
     for kind, name in (
         ("diffusion_models", "qwen_image_edit_2509_fp8_e4m3fn"),

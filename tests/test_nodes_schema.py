@@ -18,6 +18,7 @@ from reasonedit.tests.comfy_server import ROOT, ComfyServer, comfyui_path
 
 SNAPSHOT = ROOT / "tests" / "golden" / "nodes.json"
 LANGUAGES = ("en", "zh")
+OURS = ("ReasonEdit", "ReasonBrain")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 SCHEMAS = """
@@ -51,7 +52,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def listed(server) -> dict:
-    return {name: info for name, info in server.get("/object_info").items() if name.startswith("ReasonEdit")}
+    return {name: info for name, info in server.get("/object_info").items() if name.startswith(OURS)}
 
 
 def inputs_of(info: dict) -> list[tuple[str, str, dict]]:

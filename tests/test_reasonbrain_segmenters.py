@@ -146,6 +146,8 @@ def test_masks_of_a_user_stay_through_a_chain():
     made = given.regions(picture(), 4)
     assert made.geometry[:, 7].tolist() == [1, 0] and made.masks[1, 0, 0] == 255 and made.masks[1, 3, 3] == 0
     assert torch.equal(given.regions(picture(9, 9), 4).masks, made.masks)
+    whole = GivenRegions(torch.stack([torch.ones(40, 64), mask, mask])).regions(picture(), 4)
+    assert len(whole.masks) == 3 and not whole.geometry[:, 7].any(), "what is drawn stays, also the whole picture and twice"
     with pytest.raises(ConfigError, match="covers something"):
         GivenRegions(torch.zeros(2, 4, 4))
 

@@ -76,7 +76,7 @@ def test_an_edit_is_its_parts_put_together(system):
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
         latents = sample(
             generator.sampler.denoiser,
-            DDIMScheduler.from_config(json.loads((tiny_reasonbrain() / "scheduler/scheduler_config.json").read_text())),
+            DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
             noise,
             replace(cond, reference=source),
             conditioner.text.null(),
@@ -259,6 +259,10 @@ def test_a_checkpoint_of_other_parts_is_refused(tmp_path):
     save_file({**state, key: state[key][:1], "brain.stray": torch.ones(1)}, folder / "brain.safetensors", metadata=note)
     with pytest.raises(CheckpointError, match=f"brain.stray is unknown; {key} is "):
         load_brain_model(find_brain_parts(folder))
+    save_file(state, folder / "brain.safetensors", metadata=note)
+    (folder / "lora").unlink()
+    with pytest.raises(CheckpointError, match="lora: expected a PEFT folder, found no adapter_config.json"):
+        load_brain_model(find_brain_parts(folder))
 
 
 def test_switches_leave_parts_of_a_trained_model_out(tmp_path):
@@ -327,6 +331,7 @@ def test_the_command_edits(here, capsys):
     said = capsys.readouterr()
     assert "result: round 1 of 1 (stopped: one_edit)" in said.out and "name a reasoner to think and reflect" in said.err
     record = json.loads(Path("out/trace.json").read_text())
+    assert record["request"]["reasoner"] == "none"
     assert record["request"]["image_guidance"] == 2.0 and record["request"]["system"] == "reasonbrain"
     assert record["counts"]["denoiser_forwards"] == 2 and record["counts"]["vae_encodes"] == 1
     first = np.asarray(Image.open("out/result.png"))

@@ -20,7 +20,7 @@ from reasonedit.tests.workflow_files import CORE, FOLDER, MINI, NAMES, NOTES, fa
 
 install_host()
 
-from reasonedit.nodes import auto_loop, edit, host, loop, mini_scene, models, reflect, think, trace  # noqa: E402
+from reasonedit.nodes import auto_loop, edit, host, loop, mini_scene, models, reasonbrain, reflect, think, trace  # noqa: E402
 
 OURS = (
     models.LoadEditor,
@@ -34,6 +34,12 @@ OURS = (
     trace.ShowTrace,
     trace.SaveTrace,
     mini_scene.MiniScene,
+    reasonbrain.Load,
+    reasonbrain.Objects,
+    reasonbrain.Regions,
+    reasonbrain.Reason,
+    reasonbrain.Apply,
+    reasonbrain.Edit,
 )
 each_workflow = pytest.mark.parametrize("name", NAMES)
 

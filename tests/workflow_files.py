@@ -18,7 +18,11 @@ FOLDER = ROOT / "workflows"
 MINI = ("mini_loop", "mini_think", "mini_auto")
 """Those that run in a ComfyUI whose folders are empty."""
 
-NAMES = (*MINI, "loop_reasonedit_s", "loop_reasonedit_q", "think_only", "reflect_only", "auto_loop")
+BRAIN = ("reasonbrain_edit", "reasonbrain_loop", "reasonbrain_native")
+FULL_SIZE = ("reasonbrain_native",)
+"""Those that no tiny weights can run: ComfyUI knows an SD 1.5 by its full widths. `comfy_unet.py` runs their node."""
+
+NAMES = (*MINI, "loop_reasonedit_s", "loop_reasonedit_q", "think_only", "reflect_only", "auto_loop", *BRAIN)
 NOTES = ("MarkdownNote", "Note")
 """Nodes that only the frontend knows."""
 
@@ -26,14 +30,20 @@ WIDGETS = {"INT": (int,), "FLOAT": (int, float), "STRING": (str,), "BOOLEAN": (b
 FILES = {
     "ReasonEdit_LoadEditor": ("checkpoint", "text_encoder", "vae"),
     "ReasonEdit_LoadReasoner": ("source",),
+    "ReasonBrain_Load": ("checkpoint", "segmenter"),
+    "UNETLoader": ("unet_name",),
+    "VAELoader": ("vae_name",),
     "LoadImage": ("image",),
 }
+PLACES = {"UNETLoader": "diffusion_models/", "VAELoader": "vae/"}
+"""Where the files of ComfyUI's own loaders lie, whose names come without it."""
+
 """Lists of what lies in the user's folders: what a workflow names in them may be absent."""
 
 BEHIND = ("fixed", "increment", "decrement", "randomize", "image")
 """What the frontend keeps behind a value: how a seed goes on, the button for uploads."""
 
-NO_FILE = ("from checkpoint", "remote endpoint", "scripted replies", *MINIS)
+NO_FILE = ("from checkpoint", "remote endpoint", "scripted replies", "grid", "none", *MINIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,51 @@ CORE = {
     "LoadImage": Facts("Load Image", (Input("image", "COMBO", widget=True, extra=1),), ("IMAGE", "MASK")),
     "PreviewImage": Facts("Preview Image", (Input("images", "IMAGE"),), ()),
     "PreviewAny": Facts("Preview Any", (Input("source", "*"),), ()),
+    "PrimitiveStringMultiline": Facts("String (Multiline)", (Input("value", "STRING", widget=True),), ("STRING",)),
+    "MaskToImage": Facts("Convert Mask to Image", (Input("mask", "MASK"),), ("IMAGE",)),
+    "UNETLoader": Facts(
+        "Load Diffusion Model",
+        (Input("unet_name", "COMBO", widget=True), Input("weight_dtype", "COMBO", widget=True, options=("default",))),
+        ("MODEL",),
+    ),
+    "VAELoader": Facts("Load VAE", (Input("vae_name", "COMBO", widget=True),), ("VAE",)),
+    "VAEDecode": Facts("VAE Decode", (Input("samples", "LATENT"), Input("vae", "VAE")), ("IMAGE",)),
+    "RandomNoise": Facts("RandomNoise", (Input("noise_seed", "INT", widget=True, least=0, extra=1),), ("NOISE",)),
+    "KSamplerSelect": Facts("KSamplerSelect", (Input("sampler_name", "COMBO", widget=True, options=("ddim",)),), ("SAMPLER",)),
+    "BasicScheduler": Facts(
+        "BasicScheduler",
+        (
+            Input("model", "MODEL"),
+            Input("scheduler", "COMBO", widget=True, options=("normal",)),
+            Input("steps", "INT", widget=True, least=1),
+            Input("denoise", "FLOAT", widget=True, least=0, most=1),
+        ),
+        ("SIGMAS",),
+    ),
+    "DualCFGGuider": Facts(
+        "DualCFGGuider",
+        (
+            Input("model", "MODEL"),
+            *(Input(name, "CONDITIONING") for name in ("cond1", "cond2", "negative")),
+            *(Input(name, "FLOAT", widget=True, least=0) for name in ("cfg_conds", "cfg_cond2_negative")),
+            Input("style", "COMBO", widget=True, options=("regular", "nested")),
+        ),
+        ("GUIDER",),
+    ),
+    "SamplerCustomAdvanced": Facts(
+        "SamplerCustomAdvanced",
+        tuple(
+            Input(name, kind)
+            for name, kind in (
+                ("noise", "NOISE"),
+                ("guider", "GUIDER"),
+                ("sampler", "SAMPLER"),
+                ("sigmas", "SIGMAS"),
+                ("latent_image", "LATENT"),
+            )
+        ),
+        ("LATENT", "LATENT"),
+    ),
 }
 """ComfyUI's own nodes in our workflows; a running one is asked whether this is so."""
 
@@ -217,7 +272,7 @@ def _widget_values(node: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 def files_of(prompt: Mapping[str, Any]) -> list[str]:
     """Names of the model files and folders that a prompt needs."""
     chosen = [
-        entry["inputs"][name]
+        PLACES.get(entry["class_type"], "") + entry["inputs"][name]
         for entry in prompt.values()
         for name in FILES.get(entry["class_type"], ())
         if entry["class_type"] != "LoadImage"

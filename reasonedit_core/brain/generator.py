@@ -25,11 +25,14 @@ from ..generator import Mover, Plan, Size
 from ..interfaces import ObjectExtractor, RegionFinder
 from ..latents import FluxCodec, SDCodec, draw_normal
 from ..types import Conditioning, Counts, Edited, EditRequest, OnStep, ShouldStop
+from .layout import Kind
 from .model import BrainModel
 
 
 class Sampler(Protocol):
-    """From noise to latents under a conditioning."""
+    """From noise to latents under a conditioning. kind: of the denoiser, sd or flux."""
+
+    kind: Kind
 
     def prepare(self, request: EditRequest) -> Any:
         """What else the conditioning stage has to give, while text encoder and MLLM are on the device; ConfigError for fields
@@ -57,6 +60,8 @@ class ThreePassSampler:
 
     image_scale: taken where the request states none.
     """
+
+    kind: Kind = "sd"
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class ThreePassSampler:
         made = sample(
             self.denoiser,
             # Released folders name PNDM; DDIM of the same noise schedule is what the editors of this family sample with.
-            DDIMScheduler.from_config(self.scheduler or SD_SCHEDULE),
+            DDIMScheduler.from_config({**SD_SCHEDULE, **self.scheduler}),
             unpack(noise, *grid),
             replace(conditioning, reference=unpack(conditioning.reference, *grid)),
             prepared,
@@ -110,11 +115,13 @@ SD_SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-"""Of SD 1.5 and SD 2.1-base, for a folder without a scheduler."""
+"""Of SD 1.5 and SD 2.1-base, for what a folder's scheduler leaves open: DDIM's own defaults would clip the latents."""
 
 
 class FlowSampler:
     """FLUX: one pass a step; request.guidance is the input of the guidance that was distilled into the model."""
+
+    kind: Kind = "flux"
 
     def __init__(self, denoiser: FluxDenoiser, schedule: flow.FlowSchedule) -> None:
         self.denoiser, self.schedule = denoiser, schedule
@@ -202,13 +209,11 @@ class BrainGenerator:
         source_size: bool = True,
         on_step: OnStep | None = None,
         should_stop: ShouldStop | None = None,
-        conditioning: Conditioning | None = None,
     ) -> Edited:
         """Edit `picture` (1, 3, H, W) with `instruction`; see `Generator`.
 
-        Cues are found anew in every picture (the multi-step edits of Tab. A5 are the plain loop). conditioning: of this picture
-        and instruction, where it was made before. Raises ConfigError for what ReasonBrain has no place for: references,
-        regions to denoise, intervals of guidance, step caches.
+        Cues are found anew in every picture (the multi-step edits of Tab. A5 are the plain loop). Raises ConfigError for what
+        ReasonBrain has no place for: references, regions to denoise, intervals of guidance, step caches.
         """
         _refuse(request)
         images.check_size(picture.shape[-1], picture.shape[-2])
@@ -217,7 +222,7 @@ class BrainGenerator:
         plan = self.geometry.plan([size], request.size_level, keep=keep, released=released)
         with self.mover("mllm"):
             prepared = self.sampler.prepare(request)
-            cond = self._condition(picture, instruction) if conditioning is None else conditioning
+            cond = self.condition(picture, instruction)
         with self.mover("vae"):
             source = self._source(picture, plan, latents)
         noise = draw_normal(tuple(source.shape), rng, dtype=cond.tokens.dtype, device=cond.tokens.device)
@@ -239,7 +244,8 @@ class BrainGenerator:
         shown = images.resize_bicubic_pil(generated, target.shape[-1], target.shape[-2])
         return Edited(shown, generated, made)
 
-    def _condition(self, picture: Tensor, instruction: str) -> Conditioning:
+    def condition(self, picture: Tensor, instruction: str) -> Conditioning:
+        """The conditioning of picture (1, 3, H, W) and instruction; the names that it goes by are told to `on_objects`."""
         if not self.conditioner.brain.switches.cues:
             return self.conditioner.condition(picture, instruction)
         objects = self.conditioner.objects_of(instruction, picture)

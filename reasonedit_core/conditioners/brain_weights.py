@@ -58,6 +58,7 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
     folder.mkdir(parents=True, exist_ok=True)
     tensors = trained_tensors(brain, llava, denoiser)
     note = {"spec": asdict(brain.spec), "switches": asdict(brain.switches), "img_tokens": list(llava.img_names)}
+    note["lora"] = llava.peft is not None
     lora = getattr(denoiser, "peft_config", {}).get("default")
     if lora is not None:
         note["denoiser_lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "targets": sorted(lora.target_modules)}
@@ -69,10 +70,11 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
 
 @dataclass(frozen=True, slots=True)
 class BrainNote:
-    """The metadata of a checkpoint. denoiser_lora: rank, alpha and targets of a LoRA on the denoiser, None without."""
+    """The metadata of a checkpoint. lora: whether LLaVA has one. denoiser_lora: rank, alpha and targets of the denoiser's."""
 
     spec: BrainSpec
     switches: Switches
+    lora: bool
     denoiser_lora: Mapping[str, Any] | None = None
 
 
@@ -84,7 +86,7 @@ def read_note(folder: str | Path) -> BrainNote:
         spec = {**note["spec"], "taps": tuple(note["spec"]["taps"])}
         lora = note.get("denoiser_lora")
         lora = None if lora is None else {name: lora[name] for name in ("rank", "alpha", "targets")}
-        return BrainNote(BrainSpec(**spec), Switches(**note["switches"]), lora)
+        return BrainNote(BrainSpec(**spec), Switches(**note["switches"]), bool(note["lora"]), lora)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{file}: expected the metadata `{NOTE}` with widths and switches, found {error}. Name a folder of save_brain."
@@ -103,7 +105,7 @@ def build_brain(folder: str | Path) -> ReasonBrain:
 def load_brain(
     folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None
 ) -> dict[str, int]:
-    """Fill the modules from `folder`, and LLaVA's LoRA where the folder has one. -> number of tensors by part.
+    """Fill the modules from `folder`, and LLaVA's LoRA where it was saved with one. -> number of tensors by part.
 
     Of the denoiser the checkpoint's tensors are filled in, and those that require a gradient must be among them. Strict:
     CheckpointError names what is missing, unknown or of another shape; then no tensor has been copied, though a LoRA that
@@ -121,7 +123,7 @@ def load_brain(
             f"{folder / FILE}: expected {len(own)} tensors, found {len(state)}, of which {len(faults)} do not fit: "
             f"{'; '.join(faults[:8])}. Build the modules with build_brain and hand in the denoiser that was trained."
         )
-    if (folder / LORA).is_dir():
+    if read_note(folder).lora:
         llava.load_lora(folder / LORA)
     for key, p in own.items():
         p.copy_(state[key])

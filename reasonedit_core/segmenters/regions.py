@@ -96,9 +96,24 @@ class GivenRegions:
         self.found = user_masks(masks)
 
     def regions(self, image: Tensor, grid: int) -> Regions:
-        """The masks and their background as regions, on the picture's device."""
-        made = select_regions(self.found, grid)
+        """The masks and their background as regions, on the picture's device; all of them, whatever their size."""
+        made = select_regions(self.found, grid, limit=len(self.found.masks) + 1, overlap=1.0, smallest=0.0, largest=1.0)
         return Regions(made.masks.to(image.device), made.geometry.to(image.device))
+
+
+class KnownRegions:
+    """A `RegionFinder` that answers with regions found before, whatever the picture."""
+
+    def __init__(self, known: Regions) -> None:
+        self.known = known
+
+    def regions(self, image: Tensor, grid: int) -> Regions:
+        """The regions, on the picture's device. Raises ConfigError where they are of another grid."""
+        if self.known.masks.shape[-1] != grid:
+            raise ConfigError(
+                f"expected regions on a grid of {grid}, found {self.known.masks.shape[-1]}. Find them with the same model."
+            )
+        return Regions(self.known.masks.to(image.device), self.known.geometry.to(image.device))
 
 
 class GridSegmenter:

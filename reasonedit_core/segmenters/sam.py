@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import BackendUnavailable, CheckpointError, ConfigError
 from ..types import FoundMasks
 from ..weightfiles import read_json, weight_files
 
@@ -94,7 +94,8 @@ class SamSegmenter:
 def load_sam(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **options: Any
 ) -> SamSegmenter:
-    """SAM or SAM 2 from a local folder in transformers' layout. options: of SamSegmenter. Raises CheckpointError."""
+    """SAM or SAM 2 from a local folder in transformers' layout. options: of SamSegmenter. Raises CheckpointError, and
+    BackendUnavailable where the installed transformers has no SAM 2."""
     import transformers
 
     path = Path(path)
@@ -104,6 +105,10 @@ def load_sam(
         raise CheckpointError(
             f"{path}: expected SAM or SAM 2 in transformers' layout (such as sam-vit-huge or sam2.1-hiera-large), found {found}"
             ". Name such a folder, or take the segmenter `grid`, which needs no network."
+        )
+    if not hasattr(transformers, KINDS[kind]):
+        raise BackendUnavailable(
+            f"{path}: expected a transformers with {KINDS[kind]}, found {transformers.__version__}. Upgrade it, or take SAM."
         )
     files = weight_files(path)
     model, info = getattr(transformers, KINDS[kind]).from_pretrained(
