@@ -71,12 +71,13 @@ def test_the_recipe_is_sound_and_its_rows_begin_alike(parts, tmp_path):
     (plan,) = plan_stages(config)
     assert plan.stage.step == "reasonbrain" and {"brain", "llava_lora", "denoiser_first"} <= set(plan.stage.train)
     whole = BrainBase(config).model().brain.state_dict()
-    for row, off in ROWS.items():
+    for row in ("no_patch", "simple_ca", "plain"):
+        off = ROWS[row]
         other = BrainBase(recipe(tmp_path / row, f"model.weights={parts}", **off)).model().brain
         state = other.state_dict()
         shared = [name for name in state if name in whole]
         assert all(torch.equal(state[name], whole[name]) for name in shared) and len(shared) > 50, row
-        assert (set(state) == set(whole)) == (row == "full")
+        assert set(state) != set(whole)
 
 
 def test_a_conversation_teaches_the_answers_alone(parts):

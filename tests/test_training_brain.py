@@ -13,17 +13,19 @@ from reasonedit.reasonedit_core.brain.layout import find_brain_parts
 from reasonedit.reasonedit_core.brain.model import load_brain_model
 from reasonedit.reasonedit_core.conditioners.brain_weights import trained_tensors
 from reasonedit.reasonedit_core.errors import CheckpointError, ConfigError
+from reasonedit.training import commands
 from reasonedit.training.brain.assemble import load_stage
 from reasonedit.training.brain.export import export, ldm_names, merge_denoiser
 from reasonedit.training.brain.room import documents_of, export_stage, filled_cache, starting_point
 from reasonedit.training.brain.source import drops, make_source
 from reasonedit.training.brain.unit import BrainModels, reasonbrain_step
+from reasonedit.training.check import check
 from reasonedit.training.config import BrainStage
-from reasonedit.training.config_file import decisive, load_config
+from reasonedit.training.config_file import decisive, load_config, read_snapshot
 from reasonedit.training.losses import backward
 from reasonedit.training.material import draw_missing, open_material
 from reasonedit.training.models import open_base
-from reasonedit.training.run import run, validations
+from reasonedit.training.run import run, validate_run, validations
 from reasonedit.training.signals import EXIT_STOPPED
 from reasonedit.training.stages import STEPS, plan_stages
 
@@ -146,6 +148,15 @@ def test_runs_of_the_other_systems_do_not_know_the_new_tables():
     assert STEPS["joint"].own(run) is run
 
 
+def test_check_cache_and_plan_know_the_recipe(place, capsys):
+    report = check(recipe(place))
+    assert report.good and "llava_lora" in report.text and "batches of 2" in report.text, report.text
+    assert commands.cache(recipe(place)) == 0 and commands.plan(recipe(place), 1) == 0
+    assert "steps an epoch" in capsys.readouterr().out
+    faulty = check(recipe(place, "stage.0.train={brain = {lr = 1e-3}}"))
+    assert not faulty.good and "denoiser_first" in faulty.text
+
+
 # ---- batches
 
 
@@ -187,6 +198,7 @@ def test_conditions_are_dropped_in_the_stated_shares():
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(place, tmp_path):
     sets = ("stage.0.steps=4", "stage.0.save_every=2", "stage.0.validation.records=2", "export.formats=[]")
+    sets += ("stage.0.samples={every = 4, steps = 1, records = 1}",)
     whole = recipe(tmp_path / "whole", *sets, shared=place)
     assert run(whole, quiet=True) == 0
     cut = recipe(tmp_path / "cut", *sets, shared=place)
@@ -210,6 +222,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(place, tmp_path):
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
     looks = validations(whole.out / "1-reason")
     assert len(looks) == 2 and looks[-1]["loss"] == pytest.approx(looks[-1]["mllm"] + looks[-1]["dm"])
+    assert [path.name for path in (whole.out / "1-reason" / "samples").iterdir()] == ["step-00000004.png"]
+    assert validate_run(read_snapshot(whole.out)) == 0  # of the finished stage, put back from its folder
     check_exports(whole)
 
 

@@ -145,4 +145,6 @@ def align_step(models: BrainModels, micro: BrainBatch) -> Losses:
 
 def _summed(micro: BrainBatch, rows: dict[str, Tensor]) -> Losses:
     sums = {name: (loss * micro.weight.to(loss)).sum() for name, loss in rows.items()}
+    # With LLaVA frozen whole (aligning a QFormer alone), L_MLLM is a figure and nothing to learn from.
+    sums = {name: total for name, total in sums.items() if total.requires_grad} or sums
     return Losses(sums, parts={name: (float(total.detach()), micro.counts[name]) for name, total in sums.items()})

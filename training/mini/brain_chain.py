@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,20 +162,11 @@ class BrainChain:
         if self.share < 1:
             short = {"steps": self._some(settings.steps), "warmup": self._some(settings.warmup)}
             settings = settings.model_copy(update=short)
-        run = self.out / "runs" / f"{name}-{SYSTEM}"
-        done: list[Any] = []
-        with_part = begin()
-
-        def build(part: Path) -> None:
-            made = make(settings, with_part, part, run)
-            done.append(made)
-            if made is None:
-                part.mkdir(parents=True, exist_ok=True)
-
-        whole_folder(place, build)
-        if done[0] is None:
-            shutil.rmtree(place)
+        rough = place.with_name(f".{place.name}.part")
+        shutil.rmtree(rough, ignore_errors=True)
+        if make(settings, begin(), rough, self.out / "runs" / f"{name}-{SYSTEM}") is None:
             return EXIT_STOPPED
+        os.replace(rough, place)
         return 0
 
     def _start(self) -> int:

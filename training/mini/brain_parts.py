@@ -245,15 +245,15 @@ class EditorUnit(nn.Module):
     def __init__(self, unet: nn.Module, encoder: nn.Module, tokenizer: Any, codec: SDCodec, scheduler: Any) -> None:
         super().__init__()
         self.unet, self.encoder = unet, encoder
-        self.tokenizer, self.codec = tokenizer, (codec,)  # in a tuple, so that it is no child
+        self.tokenizer, self.codec = tokenizer, codec
         self.alphas, self.kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
 
     def forward(self, batch: Edits) -> Tensor:
         """-> scalar, L_DM summed over edits."""
-        device, (codec,) = next(self.unet.parameters()).device, self.codec
+        device = next(self.unet.parameters()).device
         with torch.no_grad():
-            scale = codec.vae.config.scaling_factor
-            source, target = (codec.encode(x.to(device))[0].float() for x in (batch.source, batch.target))
+            scale = self.codec.vae.config.scaling_factor
+            source, target = (self.codec.encode(x.to(device))[0].float() for x in (batch.source, batch.target))
         length = self.encoder.config.max_position_embeddings
         ids = self.tokenizer(
             list(batch.texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
