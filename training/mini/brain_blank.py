@@ -69,7 +69,7 @@ TINY: Sizes = {
 MINI: Sizes = {
     "vision": {
         "hidden_size": 96,
-        "intermediate_size": 256,
+        "intermediate_size": 192,
         "num_hidden_layers": 4,
         "num_attention_heads": 3,
         "image_size": CANVAS,
@@ -77,7 +77,7 @@ MINI: Sizes = {
     },
     "language": {
         "hidden_size": 128,
-        "intermediate_size": 320,
+        "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -94,15 +94,15 @@ MINI: Sizes = {
     "unet": {
         "sample_size": CANVAS // 8,
         "in_channels": 8,  # of an editor that is trained already, as InstructPix2Pix is
-        "block_out_channels": (64, 128),
-        "layers_per_block": 2,
+        "block_out_channels": (48, 80),
+        "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         "attention_head_dim": 4,
         "norm_num_groups": 16,
     },
     "vae": {
-        "block_out_channels": (16, 32, 48, 64),
+        "block_out_channels": (16, 24, 40, 64),
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "latent_channels": 4,

@@ -43,7 +43,7 @@ def learn_merges(kind: str, *, size: int = MERGES, texts: int = TEXTS, seed: int
         vocab_size=size + len(letters) * (2 if clip else 1),
         show_progress=False,
         initial_alphabet=letters,
-        end_of_word_suffix=WORD_END if clip else None,
+        **({"end_of_word_suffix": WORD_END} if clip else {}),
     )
     words.train_from_iterator(world_words(texts, seed), trainer)
     pairs = json.loads(words.to_str())["model"]["merges"]
