@@ -26,8 +26,8 @@ from ..noise import digest
 if TYPE_CHECKING:
     from ...reasonedit_core.brain.model import BrainModel
     from ...reasonedit_core.interfaces import RegionFinder
-    from ...reasonedit_core.types import Moments
-    from ..data.manifest import Manifest
+    from ...reasonedit_core.latents import Moments
+    from ..data.manifest import Manifest, PictureEntry
     from ..data.records import Record
     from .base import BrainBase
 
@@ -79,7 +79,7 @@ class Examples:
         """(width, height) in which VAE and denoiser see the pair: that of the picture, floored as in an edit."""
         return self.geometry.plan([self._picture(record, "input").size], self.level).vae[0]
 
-    def _picture(self, record: Record, name: str):
+    def _picture(self, record: Record, name: str) -> PictureEntry:
         try:
             return self.entries[record.id].pictures[name]
         except KeyError:

@@ -26,6 +26,7 @@ from ..types import Losses, Models
 if TYPE_CHECKING:
     from ...reasonedit_core.brain.model import BrainModel
     from ...reasonedit_core.interfaces import RegionFinder
+    from ...reasonedit_core.types import Conditioning
     from .source import BrainBatch
 
 
@@ -105,7 +106,8 @@ class BrainUnit(nn.Module):
         apart = (translated[:, :length].float() - features.text[:, :length].float()).square().mean(dim=-1)
         return (apart * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
 
-    def _denoise(self, batch: BrainBatch, made) -> Tensor:
+    def _denoise(self, batch: BrainBatch, made: Conditioning) -> Tensor:
+        """L_DM of a batch under its conditioning, dropped where the batch says so -> (B,)."""
         device = self.device
         clean, noise, t = (x.to(device) for x in (batch.clean, batch.noise, batch.t))
         source, null = batch.source.to(device), self.chain.text.null().to(made.tokens)

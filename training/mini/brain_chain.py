@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...reasonedit_core.errors import ConfigError
 from ...reasonedit_core.files import write_json
@@ -30,6 +30,9 @@ from ..run import TRAINED
 from .brain_rows import FULL, LIMIT, PLACE, ROWS
 from .chain import RECIPES, Chain
 from .chain import _whole as whole_folder
+
+if TYPE_CHECKING:
+    from .vae import VaeSettings
 
 log = logging.getLogger(__name__)
 
@@ -125,21 +128,14 @@ class BrainChain:
 
     def _vae(self) -> int:
         from ..signals import EXIT_STOPPED
-        from .brain_blank import MINI
-        from .vae import default_settings, train_vae
+        from .vae import train_vae
 
         place = self._made("vae")
         if (place / "config.json").is_file():
             return 0
-        # Stable Diffusion's autoencoder is that of FLUX and Step1X with fewer channels: theirs is trained with other widths.
-        kinds = {
-            "down_block_types": ["DownEncoderBlock2D"] * len(MINI["vae"]["block_out_channels"]),
-            "up_block_types": ["UpDecoderBlock2D"] * len(MINI["vae"]["block_out_channels"]),
-        }
-        widths = {name: list(value) if isinstance(value, tuple) else value for name, value in MINI["vae"].items()}
-        settings = default_settings("mini-s", widths={**widths, **kinds})
-        short = {"steps": self._some(settings.steps), "warmup": self._some(settings.warmup)} if self.share < 1 else {}
-        settings = default_settings("mini-s", widths=settings.widths, **short)
+        settings = vae_settings()
+        if self.share < 1:
+            settings = vae_settings(steps=self._some(settings.steps), warmup=self._some(settings.warmup))
         made = train_vae(settings, place, self.out / "runs" / f"vae-{SYSTEM}")
         return 0 if made is not None else EXIT_STOPPED
 
@@ -232,6 +228,18 @@ class BrainChain:
 
     def _some(self, count: int) -> int:
         return max(1, round(count * self.share))
+
+
+def vae_settings(**changes: Any) -> VaeSettings:
+    """How the autoencoder of mini-brain is trained. Stable Diffusion's is that of FLUX and Step1X with fewer channels, so theirs
+    is trained with other widths."""
+    from .brain_blank import MINI
+    from .vae import default_settings
+
+    blocks = len(MINI["vae"]["block_out_channels"])
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
+    widths = {name: list(value) if isinstance(value, tuple) else value for name, value in MINI["vae"].items()}
+    return default_settings("mini-s", widths={**widths, **kinds}, **changes)
 
 
 def write_finished_brain(start: Path, rows: Mapping[str, Path], folder: Path) -> Path:
