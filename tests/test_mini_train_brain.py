@@ -19,10 +19,12 @@ from reasonedit.reasonedit_core.latents import SDCodec
 from reasonedit.reasonedit_core.mini.items import CATEGORIES
 from reasonedit.reasonedit_core.weightfiles import read_shapes
 from reasonedit.training.brain.base import BrainBase
+from reasonedit.training.cli import main as train_command
 from reasonedit.training.config_file import make_config, read_recipe
 from reasonedit.training.data.records import read_records
 from reasonedit.training.eval import brain as tables
 from reasonedit.training.eval.cli import main as evaluate
+from reasonedit.training.mini import brain_chain
 from reasonedit.training.mini.books import write_book
 from reasonedit.training.mini.brain_blank import MINI, text_vocabulary, write_bases
 from reasonedit.training.mini.brain_chain import BrainChain, vae_settings, write_finished_brain
@@ -208,3 +210,25 @@ def test_values_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected links of mini-brain"):
         BrainChain(tmp_path, links=tmp_path).make()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_whole_way_in_very_small(tmp_path, monkeypatch):
+    """The command from nothing to a finished folder with its card, and once more without work to do."""
+    quick = PartSettings(steps=2, batch=2, warmup=0, save_every=0)
+    monkeypatch.setattr("reasonedit.training.mini.brain_parts.WORDS", quick)
+    monkeypatch.setattr("reasonedit.training.mini.brain_parts.EDITOR", quick)
+    monkeypatch.setattr("reasonedit.training.mini.vae.COUNTED", 8)
+    short = {"steps": 1, "batch": 4, "warmup": 0, "checked": 2, "check_every": 0}
+    monkeypatch.setattr(brain_chain, "vae_settings", lambda **changes: vae_settings(**{**changes, **short}))
+    rows = {row: ROWS[row] for row in ("full", "plain")}
+    monkeypatch.setattr(brain_chain, "ROWS", rows)
+    command = ["mini", "--system", "mini-brain", "--out", str(tmp_path), "--share", "0.0004", "--threads", "1"]
+    command += ["--set", "stage.0.brain.batch=2", "--quiet"]
+    assert train_command(command) == 0
+    folder = tmp_path / "mini-brain"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| row plain |" in card and "| full | 1 |" in card and "No table has been measured" in card
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    assert train_command(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}

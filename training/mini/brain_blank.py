@@ -116,7 +116,7 @@ MINI: Sizes = {
         "steps": 10,
         "guidance": 1.0,
         "size_level": CANVAS,
-        "multiple": 8,
+        "multiple": 16,
         "latents": "own",
         "pictures": "miniature",
         "notice": NOTICE,

@@ -45,7 +45,7 @@ _MARK = "reasonbrain.json"
 
 @dataclass(frozen=True, slots=True)
 class BrainChain:
-    """mini-brain made in `out`; the fields are those of `chain.Chain`. rows: only these (and what they need)."""
+    """mini-brain made in `out`; the fields are those of `chain.Chain`. rows: only these (and what they need); none: all."""
 
     out: Path
     share: float = 1.0
@@ -53,13 +53,18 @@ class BrainChain:
     threads: int = 0
     sets: Sequence[str] = ()
     quiet: bool = False
-    rows: Sequence[str] = tuple(ROWS)
+    rows: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         Chain("mini-s", self.out, self.share, self.links)  # its values are checked there
         unknown = [row for row in self.rows if row not in ROWS]
         if unknown:
             raise ConfigError(f"rows: expected some of {', '.join(ROWS)}, found {unknown[0]!r}. Choose among them.")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The rows that are made."""
+        return tuple(self.rows) or tuple(ROWS)
 
     @property
     def finished(self) -> Path:
@@ -79,7 +84,7 @@ class BrainChain:
             "llava": self._llava,
             "editor": self._editor,
             "start": self._start,
-            **{row: lambda row=row: self._row(row) for row in self.rows},
+            **{row: lambda row=row: self._row(row) for row in self.wanted},
             "finish": self._finish,
             "card": self._card,
         }
@@ -212,9 +217,9 @@ class BrainChain:
         return run(make_config(raw, str(path), tuple(self.sets)), source=str(path), quiet=self.quiet)
 
     def _finish(self) -> int:
-        if FULL not in self.rows:
+        if FULL not in self.wanted:
             return 0
-        rows = {row: self.run_of(row) / STAGE / TRAINED for row in self.rows}
+        rows = {row: self.run_of(row) / STAGE / TRAINED for row in self.wanted}
         whole_folder(self.finished, lambda part: write_finished_brain(self._made("start"), rows, part))
         log.info("finished: %s", self.finished)
         return 0
@@ -222,7 +227,7 @@ class BrainChain:
     def _card(self) -> int:
         from .brain_card import write_brain_card
 
-        if FULL in self.rows:
+        if FULL in self.wanted:
             log.info("written: %s", write_brain_card(self.out))
         return 0
 
@@ -231,8 +236,8 @@ class BrainChain:
 
 
 def vae_settings(**changes: Any) -> VaeSettings:
-    """How the autoencoder of mini-brain is trained. Stable Diffusion's is that of FLUX and Step1X with fewer channels, so theirs
-    is trained with other widths."""
+    """How the autoencoder of mini-brain is trained: as Step1X's, whose kind is Stable Diffusion's with more channels, and
+    with other widths."""
     from .brain_blank import MINI
     from .vae import default_settings
 
