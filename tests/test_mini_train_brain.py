@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from reasonedit.reasonedit_core.conditioners.text_states import load_text_states
 from reasonedit.reasonedit_core.errors import CheckpointError, ConfigError
 from reasonedit.reasonedit_core.latents import SDCodec
 from reasonedit.reasonedit_core.mini.items import CATEGORIES
-from reasonedit.reasonedit_core.weightfiles import read_shapes
 from reasonedit.training.brain.base import BrainBase
 from reasonedit.training.cli import main as train_command
 from reasonedit.training.config_file import make_config, read_recipe
@@ -44,7 +42,7 @@ def parts(tmp_path_factory):
     """The blank parts of mini-brain, with vocabularies of few texts."""
     place = tmp_path_factory.mktemp("mini") / "start" / "mini-brain"
     merges = {kind: learn_merges(kind, size=300, texts=60) for kind in ("llava", "text")}
-    return write_bases(place, sizes=MINI, merges=merges)
+    return write_bases(place, sizes=MINI, dtype=torch.bfloat16, merges=merges)
 
 
 def recipe(out: Path, *sets: str, **switches):
@@ -149,10 +147,10 @@ def test_the_finished_folder_holds_parts_once_and_each_row_loads(finished, parts
     rows = {place.name: load_file(place / "brain.safetensors") for place in (finished, finished / "rows" / "plain")}
     assert all(tensor.dtype == torch.bfloat16 for state in rows.values() for tensor in state.values())
     assert len(rows["plain"]) < len(rows["mini-brain"])
-    # Parts are in bfloat16 where they are trained, and every row is about as large as the full one.
-    shared = 2 * sum(math.prod(shape) for name in PARTS for shape in read_shapes(finished / name).values())
+    shared = sum(file.stat().st_size for name in PARTS for file in (finished / name).rglob("*") if file.is_file())
     one = sum(file.stat().st_size for file in (finished / "brain.safetensors", *(finished / "lora").iterdir()))
-    assert shared + len(ROWS) * one < LIMIT, (shared, one)
+    # Every row is about as large as the full one; the tokenizers hold a little more than those of few texts.
+    assert shared + len(ROWS) * one + 200_000 < LIMIT, (shared, one)
 
 
 def test_switched_table_from_the_command_line(finished, tmp_path, capsys, monkeypatch):

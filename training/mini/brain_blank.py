@@ -138,13 +138,15 @@ def write_bases(
     *,
     sizes: Sizes = TINY,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     config: Sizes | None = None,
     merges: Mapping[str, list[tuple[str, str]]] | None = None,
 ) -> Path:
     """Write all parts that a ReasonBrain is trained around into `folder` and return it. The settings come last.
 
-    kind: sd or flux. config: what differs from `sizes`, by part. merges: of the tokenizers `llava` and `text` (pairs of byte
-    symbols, the latter with CLIP's mark of a word's end); without, every byte is a token. ConfigError for another kind or part.
+    kind: sd or flux. dtype: of the weights. config: what differs from `sizes`, by part. merges: of the tokenizers `llava` and
+    `text` (pairs of byte symbols, the latter with CLIP's mark of a word's end); without, every byte is a token. ConfigError for
+    another kind or part.
     """
     if kind not in KINDS:
         raise ConfigError(f"model.drawn.system: expected one of {', '.join(KINDS)} for ReasonBrain, found {kind!r}.")
@@ -155,10 +157,10 @@ def write_bases(
     own = {part: {**sizes.get(part, {}), **(config or {}).get(part, {})} for part in TINY}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _write_llava(folder / "llava", own["vision"], own["language"], merges.get("llava", []))
-        width = _write_text(folder, own["text_encoder"], merges.get("text", []))
-        _write_denoiser(folder, kind, own, width)
-        _write_vae(folder / "vae", kind, own["vae"])
+        _write_llava(folder / "llava", own["vision"], own["language"], merges.get("llava", []), dtype)
+        width = _write_text(folder, own["text_encoder"], merges.get("text", []), dtype)
+        _write_denoiser(folder, kind, own, width, dtype)
+        _write_vae(folder / "vae", kind, own["vae"], dtype)
     write_json(folder / "reasonbrain.json", dict(own["brain"]))
     write_json(folder / "reasonedit.json", dict(own["settings"]))
     return folder
@@ -177,7 +179,9 @@ def text_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {token: n for n, token in enumerate(dict.fromkeys(names))}
 
 
-def _write_llava(folder: Path, vision: Mapping[str, Any], language: Mapping[str, Any], merges: list) -> None:
+def _write_llava(
+    folder: Path, vision: Mapping[str, Any], language: Mapping[str, Any], merges: list, dtype: torch.dtype
+) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPVisionConfig,
@@ -201,11 +205,11 @@ def _write_llava(folder: Path, vision: Mapping[str, Any], language: Mapping[str,
         vision_feature_layer=-2,
         tie_word_embeddings=bool(language.get("tie_word_embeddings")),
     )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
 
 
-def _write_text(folder: Path, sizes: Mapping[str, Any], merges: list) -> int:
+def _write_text(folder: Path, sizes: Mapping[str, Any], merges: list, dtype: torch.dtype) -> int:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vocabulary, place = text_vocabulary(merges), folder / "tokenizer"
@@ -217,26 +221,27 @@ def _write_text(folder: Path, sizes: Mapping[str, Any], merges: list) -> int:
     told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": START, "eos_token": END}
     write_json(place / "tokenizer_config.json", {**told, "unk_token": END, "pad_token": END})
     ids = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
-    CLIPTextModel(CLIPTextConfig(vocab_size=len(vocabulary), **ids, **sizes)).save_pretrained(folder / "text_encoder")
+    config = CLIPTextConfig(vocab_size=len(vocabulary), **ids, **sizes)
+    CLIPTextModel(config).to(dtype).save_pretrained(folder / "text_encoder")
     return sizes["hidden_size"]
 
 
-def _write_denoiser(folder: Path, kind: str, own: Sizes, width: int) -> None:
+def _write_denoiser(folder: Path, kind: str, own: Sizes, width: int, dtype: torch.dtype) -> None:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 
     if kind == "sd":
-        UNet2DConditionModel(**{"cross_attention_dim": width, **own["unet"]}).save_pretrained(folder / "unet")
+        UNet2DConditionModel(**{"cross_attention_dim": width, **own["unet"]}).to(dtype).save_pretrained(folder / "unet")
         DDIMScheduler(**{**_SD, "set_alpha_to_one": False, **own["scheduler"]}).save_pretrained(folder / "scheduler")
         return
     widths = {"joint_attention_dim": width, "pooled_projection_dim": width}
-    FluxTransformer2DModel(**widths, **own["transformer"]).save_pretrained(folder / "transformer")
+    FluxTransformer2DModel(**widths, **own["transformer"]).to(dtype).save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
 
 
-def _write_vae(folder: Path, kind: str, sizes: Mapping[str, Any]) -> None:
+def _write_vae(folder: Path, kind: str, sizes: Mapping[str, Any], dtype: torch.dtype) -> None:
     from diffusers import AutoencoderKL
 
     blocks = len(sizes["block_out_channels"])
     kinds = {f"{way}_block_types": (name,) * blocks for way, name in _KL.items()}
     shift = {"shift_factor": 0.1159} if kind == "flux" else {}
-    AutoencoderKL(**kinds, **shift, **sizes).save_pretrained(folder)
+    AutoencoderKL(**kinds, **shift, **sizes).to(dtype).save_pretrained(folder)

@@ -114,6 +114,8 @@ class BrainChain:
                 shutil.copy2(file, place)
 
     def _tokens(self) -> int:
+        import torch
+
         from .brain_blank import MINI, write_bases
         from .brain_tokens import read_merges, write_merges
 
@@ -122,7 +124,8 @@ class BrainChain:
             texts = {} if self.share == 1 else {"texts": max(200, self._some(4000))}
             whole_folder(place, lambda part: write_merges(part, **texts))
         if not (blank / _MARK).is_file():
-            whole_folder(blank, lambda part: write_bases(part, sizes=MINI, seed=SEED, merges=read_merges(place)))
+            how = {"sizes": MINI, "seed": SEED, "dtype": torch.bfloat16, "merges": read_merges(place)}
+            whole_folder(blank, lambda part: write_bases(part, **how))
         return 0
 
     def _records(self) -> int:

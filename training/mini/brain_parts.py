@@ -272,7 +272,7 @@ def train_editor(settings: PartSettings, folder: Path, out: Path, run: Path) -> 
     from transformers import AutoTokenizer, CLIPTextModel
 
     parts = find_brain_parts(folder, trained=False)
-    encoder = CLIPTextModel.from_pretrained(str(parts.text_encoder), local_files_only=True)
+    encoder = CLIPTextModel.from_pretrained(str(parts.text_encoder), dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(parts.tokenizer), local_files_only=True)
     vae = AutoencoderKL.from_pretrained(str(parts.vae), torch_dtype=torch.float32, local_files_only=True)
     codec = SDCodec(vae.to(_device(settings)).eval().requires_grad_(False))
