@@ -46,7 +46,7 @@ def parts(tmp_path_factory):
 
 
 def recipe(out: Path, *sets: str, **switches):
-    raw = read_recipe(RECIPES / "mini_brain.toml")
+    raw = read_recipe(RECIPES / "brain.toml")
     raw["run"] |= {"out": str(out), "threads": 1}
     raw["model"]["brain"]["switches"] = switches
     return make_config(raw, "mini_brain", sets)

@@ -44,7 +44,7 @@ From random weights, on scenes and instructions that are drawn and computed; no 
     reasonedit-train mini --system mini-brain --out DIR
 
 LLaVA learns to describe scenes and to read plain instructions, the editor clear edits; neither meets a hypothetical
-instruction. The full model and every ablation are then trained by `training/mini/recipes/mini_brain.toml`, from the same
+instruction. The full model and every ablation are then trained by `training/mini/recipes/brain.toml`, from the same
 start, with the same steps, data order and seed."""
 
 

@@ -209,7 +209,7 @@ class BrainChain:
             if all(is_done(config, plan) for plan in plan_stages(config)):
                 return 0
             return run(config, source=SYSTEM, quiet=self.quiet, resume=True)
-        path = RECIPES / "mini_brain.toml"
+        path = RECIPES / "brain.toml"
         raw = read_recipe(path)
         raw["run"] |= {"out": str(out), "name": f"{SYSTEM}-{row}", "threads": self.threads}
         raw["model"]["brain"]["switches"] = dict(ROWS[row])
