@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
+from .mini.models import BRAINS
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ def check_brain_options(args: argparse.Namespace) -> None:
     """ConfigError where they stand with another system."""
     names = ("objects", "masks", "segmenter", "extractor", "image_guidance")
     given = [name for name in names if getattr(args, name) is not None]
-    if given and args.system != SYSTEM:
+    if given and args.system not in (SYSTEM, *BRAINS):
         option = f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"{option}: expected with --system {SYSTEM}, found {args.system}; leave it out")
     if args.masks and args.segmenter:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .brain_options import add_brain_options, brain_settings, check_brain_options, use_cues
 from .errors import ConfigError, Interrupted, ReasonEditError
-from .mini.models import MINIS, has_mini
+from .mini.models import BRAINS, MINIS, has_mini
 from .region_options import add_region_options, interval_of, region_of, step_cache_of
 
 PUBLISHED = ("reasonedit-s", "reasonedit-q")
@@ -130,7 +130,7 @@ def run_edit(args: argparse.Namespace) -> int:
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
     _check_draft(args)
     check_brain_options(args)
-    if args.weights is None and args.system not in MINIS:
+    if args.weights is None and args.system not in {**MINIS, **BRAINS}:
         raise ConfigError(f"--weights: expected a folder or file of a checkpoint of {args.system}, found none; name it")
     lazy = (args.scores or ("always" if args.policy == "released" else "lazy")) == "lazy"
     if lazy and args.policy == "released":
@@ -324,7 +324,7 @@ def _add_edit(commands) -> None:
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the picture to edit")
     add("instruction", metavar="INSTRUCTION", help="what to change, in your own words")
-    add("--system", choices=(*SYSTEMS, *MINIS), required=True, help="mini-s, mini-q: miniatures that come along")
+    add("--system", choices=(*SYSTEMS, *MINIS, *BRAINS), required=True, help="mini-s, mini-q, mini-brain: miniatures")
     add("--weights", type=Path, metavar="DIR", help="folder or file of a released checkpoint (not needed for a miniature)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for result.png, rounds/, sheet.png, trace.json")
     group = parser.add_argument_group("reasoning")

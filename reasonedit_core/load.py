@@ -21,7 +21,7 @@ from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
 from .load_lora import Loras, apply_loras, draft_adapter, refuse_reasoner_loras
 from .loop import POLICIES
-from .mini.models import MINIS, mini_folder
+from .mini.models import BRAINS, MINIS, mini_folder
 from .parts import Parts, can_speak, find_parts, read_schedule
 from .settings import Settings, read_settings
 from .types import Counts, Policy
@@ -125,10 +125,10 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
 
     Raises ConfigError for a value of the spec, CheckpointError for the weights.
     """
-    if spec.system in MINIS:
-        spec = replace(spec, system=MINIS[spec.system], weights=spec.weights or mini_folder(spec.system))
+    if spec.system in (known := {**MINIS, **BRAINS}):
+        spec = replace(spec, system=known[spec.system], weights=spec.weights or mini_folder(spec.system))
     if spec.system not in SYSTEMS:
-        raise ConfigError(f"expected a system out of {', '.join((*SYSTEMS, *MINIS))}, found {spec.system!r}.")
+        raise ConfigError(f"expected a system out of {', '.join((*SYSTEMS, *MINIS, *BRAINS))}, found {spec.system!r}.")
     if spec.weights is None and spec.parts is None:
         raise ConfigError(f"{spec.system}: expected a folder of weights, found none. Name it.")
     if spec.policy not in POLICIES:

@@ -8,7 +8,7 @@ import pytest
 
 from reasonedit.reasonedit_core.errors import CheckpointError, ConfigError
 from reasonedit.tests.eval_tools import SETTINGS, write_system
-from reasonedit.training.eval import cli, miniature, tables
+from reasonedit.training.eval import brain, cli, miniature, tables
 from reasonedit.training.eval.check import faults_of
 from reasonedit.training.eval.systems import COMPARE, PLACES, Choice, Folders
 
@@ -102,7 +102,7 @@ def test_records_of_other_weights_are_not_taken_over(system, tmp_path):
 def test_the_lists_of_the_command_line_are_those_of_the_tables():
     from reasonedit.training.eval.drawing import GROUPS
 
-    assert set(cli.TABLES) == set(tables.TABLES)
+    assert set(cli.TABLES) == {*tables.TABLES, *brain.TABLES} and set(cli.BRAIN_TABLES) == set(brain.TABLES)
     assert cli.GROUPS == GROUPS
 
 

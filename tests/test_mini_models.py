@@ -49,7 +49,7 @@ def test_a_mini_that_is_not_there_is_told_of_with_what_helps(tmp_path, monkeypat
     assert not has_mini("mini-s")
     with pytest.raises(CheckpointError, match="mini-s: expected the miniature weights in .*`reasonedit-train mini"):
         mini_folder("mini-s")
-    with pytest.raises(CheckpointError, match="expected a mini out of mini-s, mini-q, found 'mini-x'"):
+    with pytest.raises(CheckpointError, match="expected a mini out of mini-s, mini-q, mini-brain, found 'mini-x'"):
         mini_folder("mini-x")
 
 
@@ -79,7 +79,8 @@ def test_a_mini_of_ones_own_is_loaded_from_its_folder(minis, tmp_path):
 def test_a_full_system_needs_its_weights_named():
     with pytest.raises(ConfigError, match="reasonedit-s: expected a folder of weights, found none"):
         load_system(SystemSpec("reasonedit-s"))
-    with pytest.raises(ConfigError, match="expected a system out of reasonedit-s, reasonedit-q, mini-s, mini-q, found 'x'"):
+    names = "reasonedit-s, reasonedit-q, reasonbrain, mini-s, mini-q, mini-brain"
+    with pytest.raises(ConfigError, match=f"expected a system out of {names}, found 'x'"):
         load_system(SystemSpec("x"))
 
 

@@ -64,6 +64,7 @@ def test_the_mixtures(shelf):
         "pairs": {"think": 60},
         "triples": {"reflect": 60},
         "drawings": {"t2i": 60},
+        "suppositions": {"hypothetical": 60},
     }
     clear = Counter(each.instruction.clarity for each in shelf["pairs"] if each.split == "train")
     assert clear == {"abstract": 40, "clear": 20}
@@ -250,7 +251,7 @@ def test_every_document_can_be_made(shelf, tmp_path):
     assert not refused
     tasks = Counter(task for _, task in sources.values())
     assert tasks == {
-        "understand": 70, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 202, "refine": 14,
+        "understand": 70, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
     }  # fmt: skip
     assert max(each.text for each in made) < 1000 and max(each.image for each in made) < 200
 

@@ -41,7 +41,8 @@ def recipe(**more) -> dict:
 def test_every_bundled_recipe_is_valid_and_found_by_name_and_by_path(tmp_path, monkeypatch):
     names = recipe_names()
     wanted = {f"reasonedit_{s}_{kind}" for s in "sq" for kind in ("stage1", "stage2", "stage3", "lora_24gb", "lora_16gb")}
-    assert wanted | {"tiny_cpu"} == set(names)
+    wanted |= {f"reasonbrain_{kind}" for kind in ("7b", "3b", "flux")}
+    assert wanted | {"tiny_cpu", "tiny_brain_cpu"} == set(names)
     monkeypatch.chdir(tmp_path)  # nothing of that name lies here
     for name in names:
         by_name = load_config(name)

@@ -25,7 +25,20 @@ from .types import Models, ParamGroup
 if TYPE_CHECKING:
     from ..reasonedit_core.mllm.qwen25vl import QwenVL
 
-BLOCKS = ("DoubleBlock", "SingleBlock", "QwenImageTransformerBlock", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")
+BLOCKS = (
+    "DoubleBlock",
+    "SingleBlock",
+    "QwenImageTransformerBlock",
+    "Qwen2_5_VLDecoderLayer",
+    "Qwen2_5_VLVisionBlock",
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "PhiDecoderLayer",
+    "Phi3DecoderLayer",
+    "BasicTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
 """What FSDP2 cuts one by one. The connector's blocks are not among them: they are called piece by piece."""
 
 _SAME = {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "use_rslora": "rslora"}

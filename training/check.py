@@ -20,7 +20,7 @@ from .material import Material, draw_missing, make_documents, make_source, open_
 from .models import Base
 from .presets import DIT, FULL, MLLM
 from .run import starting_point
-from .stages import Plan, plan_stages
+from .stages import REASONBRAIN, Plan, plan_stages
 from .trainable import trainable_table
 from .types import FM, NTP, ParamGroup
 
@@ -65,6 +65,14 @@ def check(config: Config, *, pictures: bool = True) -> Findings:
     except ReasonEditError as error:
         findings.fault(error)
     data = _check_data(config, findings, pictures)
+    if config.model.system == REASONBRAIN:
+        from .brain.room import check_stages
+
+        try:
+            findings.add(*check_stages(config, data))
+        except ReasonEditError as error:
+            findings.fault(error)
+        return findings
     try:
         base = Base(config)
         mllm, dit = base.shell(), base.dit_shell()

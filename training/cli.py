@@ -16,6 +16,7 @@ from ..reasonedit_core.cli import explain, whole
 from .program import EXIT_ERROR, Parser, printable, run_program
 
 FORMATS = ("comfyui", "peft", "merged")
+MINI_BRAIN = "mini-brain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,6 +164,11 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_mini(args: argparse.Namespace) -> int:
     """`reasonedit-train mini`: a miniature from nothing."""
+    if args.system == MINI_BRAIN:
+        from .mini.brain_chain import BrainChain
+
+        brain = BrainChain(args.out.absolute(), args.share, args.links, args.threads, tuple(args.set), args.quiet)
+        return brain.make(args.until)
     from .mini.chain import Chain
 
     chain = Chain(args.system, args.out.absolute(), args.share, args.links, args.threads, tuple(args.set), args.quiet)
@@ -299,9 +305,12 @@ def _add_mini(commands) -> None:
     description = f"{words[0].upper()}{words[1:]}. Start the same command again to go on where it was."
     parser = commands.add_parser("mini", help=words, description=description)
     add = parser.add_argument
-    add("--system", required=True, metavar="NAME", help="mini-s (Step1X-Edit in small) or mini-q (Qwen-Image-Edit in small)")
+    add("--system", required=True, metavar="NAME", help="mini-s (Step1X-Edit in small), mini-q (Qwen-Image-Edit) or mini-brain")
     add("--out", type=Path, required=True, metavar="DIR", help="all that is made; both miniatures may share it")
-    links = "tokens, records, vae, words, scenes, reasoning, base, edits, start, stages, finish or compare"
+    links = (
+        "tokens, records, vae, words, scenes, reasoning, base, edits, start, stages, finish or compare; of mini-brain tokens, "
+        "records, vae, llava, editor, start, the name of a row of its tables, or finish"
+    )
     add("--until", metavar="LINK", help=f"stop after {links}")
     add("--share", type=float, default=1.0, metavar="S", help="of all records and steps, for a trial of the command (1)")
     add("--links", type=Path, metavar="DIR", help="take links that were made elsewhere, where OUT has none of its own")

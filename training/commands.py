@@ -55,18 +55,22 @@ def index(config: Config) -> int:
 def cache(config: Config) -> int:
     """Latents, and states where the MLLM is frozen, of every stage whose start is there already."""
     from .material import draw_missing, fill_cache, open_cache, open_material
-    from .models import Base
+    from .models import open_base
     from .presets import MLLM
-    from .run import is_done, starting_point
+    from .run import filled_cache, is_done, starting_point
 
     draw_missing(config)
-    base = Base(config)
+    base = open_base(config)
     material = open_material(config, base)
     plans = plan_stages(config)
     failed = 0
     for plan in plans:
         if not _starts(config, plan, plans, is_done):
             print(f"stage {plan.stage.name}: starts from a stage that is not trained yet; cached when it begins")
+            continue
+        if plan.kind.room:
+            plan.kind.own(filled_cache)(material, plan, plan.kind.own(starting_point)(config, plan))
+            print(f"stage {plan.stage.name}: everything is there")
             continue
         carried = starting_point(config, plan).get(MLLM)
         reports = fill_cache(material, plan, open_cache(material, plan, carried), carried)
@@ -79,17 +83,19 @@ def cache(config: Config) -> int:
 def plan(config: Config, world: int) -> int:
     """How the documents of each stage are packed."""
     from .data.cache import Cache
-    from .material import draw_missing, make_documents, make_source, open_material
-    from .models import Base
+    from .material import draw_missing, open_material
+    from .models import open_base
+    from .run import documents_of
 
     draw_missing(config)
-    base = Base(config)
+    base = open_base(config)
     material = open_material(config, base)
-    documents = make_documents(material, base.shell())
-    for one in plan_stages(config):
-        source = make_source(material, one, documents, Cache(config.place(config.data.cache)), world=world)
-        print(f"stage {one.stage.name}\n{source.plan(0).table()}")
-        for refused in source.unmade[:10]:
+    plans = plan_stages(config)
+    documents = plans[0].kind.own(documents_of)(material)
+    for one in plans:
+        source = one.kind.make_source(material, one, documents, Cache(config.place(config.data.cache)), world=world)
+        print(f"stage {one.stage.name}\n{source.table() if one.kind.room else source.plan(0).table()}")
+        for refused in getattr(source, "unmade", ())[:10]:
             print(f"left out: {refused}")
     return 0
 

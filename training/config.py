@@ -59,12 +59,23 @@ class DrawnCheckpoint(Table):
     config: dict[str, dict[str, Any]] = {}
 
 
+class BrainModel(Table):
+    """How a ReasonBrain is built around the parts in model.weights. preset: 7b, 3b or flux; spec: fields of
+    `models.reasonbrain.spec.BrainSpec` that differ from it (what the parts decide is taken from them); switches: parts that are
+    left out, fields of `Switches` there."""
+
+    preset: Literal["7b", "3b", "flux"] = "3b"
+    spec: dict[str, Any] = {}
+    switches: dict[str, bool | str] = {}
+
+
 class Model(Table):
     """weights: a folder in a released layout, or the file of a DiT; text_encoder, vae, tokenizer: parts that lie elsewhere.
     mllm_weights, dit_weights: how frozen weights are kept. swap_blocks: DiT blocks whose frozen weights wait in
-    main memory until their turn. drawn: made at `weights` when nothing is there."""
+    main memory until their turn. drawn: made at `weights` when nothing is there. brain: of ReasonBrain, whose weights are a
+    folder as `brain/layout.py` has it, with or without trained tensors."""
 
-    system: Literal["reasonedit-s", "reasonedit-q"]
+    system: Literal["reasonedit-s", "reasonedit-q", "reasonbrain"]
     weights: AnyPath
     text_encoder: AnyPath | None = None
     vae: AnyPath | None = None
@@ -76,6 +87,7 @@ class Model(Table):
     swap_blocks: int = Field(0, ge=0)
     attention: str = "auto"
     drawn: DrawnCheckpoint | None = None
+    brain: BrainModel | None = None
 
 
 class DrawnRecords(Table):
@@ -118,7 +130,7 @@ class TrainSet(Table):
 
     lr: Rate
     weight_decay: float | None = Field(None, ge=0.0)
-    part: Literal["mllm", "dit"] | None = None
+    part: Literal["mllm", "dit", "brain", "llava", "denoiser"] | None = None
     mode: Literal["lora", "full"] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -238,6 +250,34 @@ class Samples(Table):
     seed: int = Field(0, ge=0)
 
 
+class BrainStage(Table):
+    """Of ReasonBrain's steps. batch: records of a micro-step. mllm, dm, align: weights of L_MLLM, L_DM and of the distance of V̂
+    to the text encoder's states. drop_text, drop_image: shares of records whose condition is left out, drop_both of them both
+    (the three-pass guidance needs them). features: whether what the frozen encoders see is kept; without, they run in every
+    step. guidance: input of FLUX's distilled guidance in training. image_guidance: of sample edits."""
+
+    batch: int = Field(16, ge=1)
+    mllm: float = Field(1.0, ge=0.0)
+    dm: float = Field(1.0, ge=0.0)
+    align: float = Field(1.0, ge=0.0)
+    drop_text: Share = 0.10
+    drop_image: Share = 0.10
+    drop_both: Share = 0.05
+    features: bool = True
+    guidance: float = Field(1.0, ge=0.0)
+    image_guidance: float = Field(1.5, ge=0.0)
+
+    @model_validator(mode="after")
+    def _shares(self) -> BrainStage:
+        most = min(self.drop_text, self.drop_image)
+        if self.drop_both > most or self.drop_text + self.drop_image - self.drop_both > 1:
+            raise ValueError(
+                f"expected drop_both of at most drop_text and drop_image, and all drops together of at most 1, found "
+                f"{self.drop_text}, {self.drop_image} and {self.drop_both}"
+            )
+        return self
+
+
 class Stage(Table):
     """A stage is (step, trainable sets, mixture). start: `previous` (base for the first), `base`, or folders of other runs or
     stages whose trained weights it goes on with (of two that hold the same part the later counts)."""
@@ -256,6 +296,7 @@ class Stage(Table):
     cached: Cached = Cached()
     validation: Validation = Validation()
     samples: Samples = Samples()
+    brain: BrainStage | None = None
     checkpointing: bool = True
     save_every: int = Field(500, ge=0)
     keep: int = Field(2, ge=1)

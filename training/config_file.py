@@ -137,6 +137,9 @@ def decisive(config: Config, stage: Stage) -> dict[str, Any]:
         "data": config.data.model_dump(mode="json", exclude={"records", "cache", "drawn"}),
         "stage": stage.model_dump(mode="json", exclude=set(FREE_STAGE)),
     }
+    for table in (tables["model"], tables["stage"]):  # of one system alone; runs of the others know nothing of it
+        if table["brain"] is None:
+            del table["brain"]
     return dict(_flat(tables, ""))
 
 

@@ -26,7 +26,7 @@ from .data.records import Record, read_records
 from .data.transcripts import Shown
 from .models import Base, fingerprint
 from .presets import MLLM
-from .stages import Plan
+from .stages import REASONBRAIN, Plan
 from .timesteps import Timesteps
 from .types import FM
 
@@ -65,11 +65,16 @@ def draw_missing(config: Config) -> None:
     """Make the tiny checkpoint and the drawn records that a recipe asks for, where nothing is there yet."""
     drawn, weights = config.model.drawn, config.place(config.model.weights)
     if drawn is not None and not weights.exists():
-        from ..reasonedit_core.mini.builder import build_checkpoint
-
         log.info("building a tiny checkpoint in %s", weights)
         building = weights.with_name(f"{weights.name}.part")
-        build_checkpoint(drawn.system, building, seed=drawn.seed, std=drawn.std, config=drawn.config)
+        if config.model.system == REASONBRAIN:
+            from .mini.brain_blank import write_bases
+
+            write_bases(building, kind=drawn.system, seed=drawn.seed, config=drawn.config)
+        else:
+            from ..reasonedit_core.mini.builder import build_checkpoint
+
+            build_checkpoint(drawn.system, building, seed=drawn.seed, std=drawn.std, config=drawn.config)
         building.rename(weights)
     if config.data.drawn is None:
         return
@@ -222,7 +227,7 @@ def fill_cache(
     if missing(cache, documents, records, moments=True):
         log.info("caching latents in %s", cache.root)
         codec = material.base.codec()
-        reports.append(fill(cache, documents, records, codec=codec, on_progress=_progress()))
+        reports.append(fill(cache, documents, records, codec=codec, on_progress=progress()))
     if plan.stage.cached.states and missing(cache, documents, records, moments=False, states=True, drops_text=drops):
         log.info("caching the MLLM's states in %s", cache.root)
         states_of = _states_of(material.base, carried)
@@ -234,7 +239,7 @@ def fill_cache(
                 states_of=states_of,
                 trainable=bool(plan.of(MLLM)),
                 drops_text=drops,
-                on_progress=_progress(),
+                on_progress=progress(),
             )
         )
     material.base.release()
@@ -264,10 +269,12 @@ def states_hash(base: Base, memo: Path, carried: Trained | None) -> str:
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-def trained_hash(trained: Trained | None) -> str:
+def trained_hash(trained: Any) -> str:
     """sha256 over names and values of what was trained, "" for nothing."""
     if trained is None:
         return ""
+    if not isinstance(trained, Trained):  # of another objective, which knows its own
+        return trained.digest
     digest = hashlib.sha256(repr(sorted(trained.config.items())).encode())
     for name, tensor in sorted({**trained.lora, **trained.whole}.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
@@ -299,7 +306,7 @@ def _bytes():
     return torch.uint8
 
 
-def _progress() -> Callable[[str, int, int], None]:
+def progress() -> Callable[[str, int, int], None]:
     """A line every tenth of the way, where there is much to do."""
     told = 0
 

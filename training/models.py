@@ -20,6 +20,7 @@ from ..reasonedit_core.parts import Parts, assemble_parts, find_parts
 from ..reasonedit_core.settings import Settings, read_settings
 from ..reasonedit_core.weightfiles import read_json, read_shapes, read_state
 from .config import Config
+from .stages import REASONBRAIN
 
 if TYPE_CHECKING:
     from ..reasonedit_core.conditioners.qwen_image import QwenImageConditioner
@@ -207,6 +208,15 @@ class Base:
         if self.system != STEP1X:
             return found
         return wanted if wanted != "auto" else found or detect(self.parts.transformer).variant or "v1.1"
+
+
+def open_base(config: Config, device: torch.device | None = None) -> Any:
+    """The checkpoint that a run starts from: a `Base`, or ReasonBrain's."""
+    if config.model.system == REASONBRAIN:
+        from .brain.base import BrainBase
+
+        return BrainBase(config, device)
+    return Base(config, device)
 
 
 def pieces(config: Config) -> dict[str, Path]:

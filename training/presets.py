@@ -12,6 +12,9 @@ from ..reasonedit_core.errors import ConfigError
 from .config import TrainSet
 
 MLLM, DIT = "mllm", "dit"
+BRAIN, LLAVA, DENOISER = "brain", "llava", "denoiser"
+"""Parts of a ReasonBrain: its own modules; LLaVA with its [IMG] rows; the UNet or FLUX transformer."""
+
 LORA, FULL = "lora", "full"
 ANY = ""
 """The row of names that serves every system without one of its own."""
@@ -37,7 +40,7 @@ class Preset:
         return tuple(table.get(system, table.get(ANY, ())) for table in (self.include, self.exclude))  # type: ignore[return-value]
 
 
-_S, _Q = "reasonedit-s", "reasonedit-q"
+_S, _Q, _BRAIN = "reasonedit-s", "reasonedit-q", "reasonbrain"
 
 # What joins the MLLM's states to the DiT. Step1X-Edit has a connector with a refiner of its own; in Qwen-Image a norm and
 # one Linear stand in its place.
@@ -54,6 +57,8 @@ _DIT_LINEARS = {
     _Q: (rf"transformer_blocks\.\d+\.({_ATTENTION}|(img|txt)_mlp\.net\.(0\.proj|2))",),
 }
 
+_FIRST = {_BRAIN: (r"(conv_in|x_embedder)\..+",)}
+
 PRESETS: dict[str, Preset] = {
     "mllm_lora": Preset(
         MLLM,
@@ -67,6 +72,26 @@ PRESETS: dict[str, Preset] = {
     "dit": Preset(DIT, FULL, {ANY: (r".+",)}, _CONNECTOR, what="all weights of the DiT but the connector's"),
     "dit_lora": Preset(DIT, LORA, _DIT_LINEARS, {}, what="LoRA on the Linears of the DiT's blocks"),
     "dit_base": Preset(DIT, FULL, {ANY: (r".+",)}, {}, random=True, what="DiT and connector, from random weights"),
+    "brain": Preset(BRAIN, FULL, {_BRAIN: (r".+",)}, {}, what="FRCE, token assembler, QFormer and CME"),
+    "qformer": Preset(BRAIN, FULL, {_BRAIN: (r"qformer\..+",)}, {}, what="the QFormer alone"),
+    # Names of the [IMG] rows and of the LoRA; which Linears get one is `mllm.llava.LORA_TARGETS`.
+    "llava_lora": Preset(
+        LLAVA,
+        LORA,
+        {_BRAIN: (r".*\.(lora_[AB]|trainable_tokens_delta)\..+",)},
+        {},
+        what="LoRA on the attention of LLaVA's language model, and the rows of the [IMG] tokens",
+    ),
+    "projector": Preset(LLAVA, FULL, {_BRAIN: (r"model\.multi_modal_projector\..+",)}, {}, what="IA, LLaVA's projector"),
+    "denoiser": Preset(DENOISER, FULL, {_BRAIN: (r".+",)}, _FIRST, what="all weights of the denoiser but its first layer"),
+    "denoiser_attention": Preset(
+        DENOISER, FULL, {_BRAIN: (r".*attn\d?\..+",)}, {}, what="the attention of the denoiser"
+    ),
+    "denoiser_context": Preset(
+        DENOISER, FULL, {_BRAIN: (r".*attn2\.to_[kv]\..+",)}, {}, what="what reads the context in the UNet's cross-attention"
+    ),
+    "denoiser_lora": Preset(DENOISER, LORA, {_BRAIN: (r".*\.lora_[AB]\..+",)}, {}, what="LoRA on the denoiser's attention"),
+    "denoiser_first": Preset(DENOISER, FULL, _FIRST, {}, what="the first layer, which is widened to see the source"),
 }
 
 

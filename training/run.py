@@ -31,7 +31,7 @@ from .export import Exported, export, find_trained
 from .log import read_log
 from .loop import Outcome, TrainSettings, train
 from .material import Material, draw_missing, fill_cache, make_documents, open_cache, open_material, trained_hash
-from .models import Base, pieces
+from .models import Base, open_base, pieces
 from .optim import OptimSettings
 from .presets import MLLM
 from .seeing import LOSS, Seen, compare, make_hooks, measure, need_held_out, write_samples
@@ -40,6 +40,7 @@ from .trainable import trainable_table
 
 if TYPE_CHECKING:
     from .data.cache import Cache
+    from .data.documents import Documents
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def run(
         logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.WARNING)
     try:
         _open_folder(config, plans, source, ranks, resume)
-        base = Base(config, device=ranks.device)
+        base = open_base(config, device=ranks.device)
         material = open_material(config, base, ranks)
         for plan in plans:
             if is_done(config, plan):
@@ -77,7 +78,7 @@ def run(
                 return outcome.exit_code
         if ranks.main:
             for format in config.export.formats:
-                _tell(export_stage(config, plans[-1], format, config.out), quiet)
+                _tell(plans[-1].kind.own(export_stage)(config, plans[-1], format, config.out), quiet)
         ranks.wait()
         return EXIT_DONE
     finally:
@@ -88,14 +89,13 @@ def run_stage(material: Material, plan: Plan, ranks: Ranks, allow_changed: tuple
     """Train one stage, from its last checkpoint where there is one, and write what it has trained."""
     config, base, stage = material.config, material.base, plan.stage
     folder = config.out / plan.folder
-    carried = starting_point(config, plan)
-    cache = open_cache(material, plan, carried.get(MLLM))
-    fill_cache(material, plan, cache, carried.get(MLLM), ranks)
+    carried = plan.kind.own(starting_point)(config, plan)
+    cache = plan.kind.own(filled_cache)(material, plan, carried, ranks)
     log.info("stage %s: loading models", stage.name)
     loaded = plan.kind.load_models(base, plan, carried)
     table = trainable_table(loaded.groups, loaded.modules)
     log.info("stage %s: %d steps of %s\n%s", stage.name, stage.steps, stage.step, table)
-    documents = make_documents(material, base.shell())
+    documents = plan.kind.own(documents_of)(material)
     source = plan.kind.make_source(material, plan, documents, cache, world=ranks.world, rank=ranks.rank)
     if ranks.main:
         for refused in getattr(source, "unmade", ())[:20]:
@@ -113,20 +113,36 @@ def run_stage(material: Material, plan: Plan, ranks: Ranks, allow_changed: tuple
 def finish(config: Config, plan: Plan, loaded: Loaded, outcome: Outcome, ranks: Ranks) -> None:
     """Write what has been trained (the moving averages, where there are any) and say what it was good for."""
     apply_weights(outcome.checkpoint, loaded.models, average=True)
-    trained = loaded.trained()
-    folder = config.out / plan.folder
+    plan.kind.own(keep)(config, plan, loaded, outcome, ranks)
     if ranks.main:
-        about = {"run": config.run.name, "stage": plan.stage.name, "steps": str(outcome.step)}
-        variant = config.model.variant
-        whole = Adapters(config.model.system, _weights(config), trained, variant, about, pieces(config))
-        adapters.save(whole, folder / TRAINED)
-        looks = validations(folder)
+        looks = validations(config.out / plan.folder)
         log.info("stage %s is done after %d steps", plan.stage.name, outcome.step)
         if len(looks) > 1:
             log.info("%s", "\n".join(compare(looks[0], looks[-1])))
             if looks[-1].get(LOSS, 0.0) >= looks[0].get(LOSS, 0.0) > 0:
                 log.warning("stage %s did not lower its held-out loss", plan.stage.name)
     ranks.wait()
+
+
+def keep(config: Config, plan: Plan, loaded: Loaded, outcome: Outcome, ranks: Ranks) -> None:
+    """Write the folder that later stages start from. Under FSDP2 every rank must call this."""
+    trained = loaded.trained()
+    if ranks.main:
+        about = {"run": config.run.name, "stage": plan.stage.name, "steps": str(outcome.step)}
+        whole = Adapters(config.model.system, _weights(config), trained, config.model.variant, about, pieces(config))
+        adapters.save(whole, config.out / plan.folder / TRAINED)
+
+
+def filled_cache(material: Material, plan: Plan, carried: Mapping[str, Trained], ranks: Ranks | None = None) -> Cache:
+    """The cache of a stage with everything that the stage reads. Every rank must call it."""
+    cache = open_cache(material, plan, carried.get(MLLM))
+    fill_cache(material, plan, cache, carried.get(MLLM), ranks)
+    return cache
+
+
+def documents_of(material: Material) -> Documents:
+    """What makes documents of records for the system that is trained."""
+    return make_documents(material, material.base.shell())
 
 
 def is_done(config: Config, plan: Plan) -> bool:
@@ -149,7 +165,7 @@ def starting_point(config: Config, plan: Plan) -> dict[str, Trained]:
     if start == (BASE,) or (start == (PREVIOUS,) and plan.index == 0):
         return {}
     if start == (PREVIOUS,):
-        folders = [config.out / plan_stages(config)[plan.index - 1].folder / TRAINED]
+        folders = [before(config, plan)]
     else:
         folders = [_trained_folder(config.place(Path(one))) for one in start]
     parts: dict[str, Trained] = {}
@@ -162,6 +178,11 @@ def starting_point(config: Config, plan: Plan) -> dict[str, Trained]:
             )
         parts |= {one.part: one for one in found.trained}
     return parts
+
+
+def before(config: Config, plan: Plan) -> Path:
+    """The trained folder of the stage before."""
+    return config.out / plan_stages(config)[plan.index - 1].folder / TRAINED
 
 
 def _trained_folder(folder: Path) -> Path:
@@ -283,7 +304,7 @@ def validate_run(config: Config, *, stage: str | None = None) -> int:
     try:
         seen = _look(config, choose_stage(config, stage), with_ranks)
         with torch.no_grad():
-            figures = need_held_out(measure(seen), seen.plan)
+            figures = need_held_out(seen.plan.kind.own(measure)(seen), seen.plan)
         print(f"stage {seen.plan.stage.name}")
         for name, value in figures.items():
             print(f"  held-out {name:<18} {value:>10.5f}")
@@ -297,11 +318,11 @@ def sample_run(config: Config, *, stage: str | None = None) -> int:
     with_ranks = open_ranks(parallel_settings(config))
     try:
         plan = choose_stage(config, stage)
-        if not plan.dit:
+        if not plan.paints:
             raise ConfigError(f"stage {plan.stage.name}: expected a stage that paints, found one without a DiT. Name another.")
         seen = _look(config, plan, with_ranks)
         path = config.out / plan.folder / "samples" / "now.png"
-        written = write_samples(seen, path, f"{plan.stage.name}, as trained")
+        written = plan.kind.own(write_samples)(seen, path, f"{plan.stage.name}, as trained")
         if written is None:
             raise ConfigError("expected held-out records with a picture and an instruction, found none to edit. Add some.")
         print(f"written: {written}")
@@ -314,19 +335,24 @@ def export_run(config: Config, *, formats: Sequence[str], stage: str | None = No
     """Write what a stage has trained for other programs."""
     plan = choose_stage(config, stage)
     for format in formats:
-        _tell(export_stage(config, plan, format, out or config.out), quiet=False)
+        _tell(plan.kind.own(export_stage)(config, plan, format, out or config.out), quiet=False)
     return EXIT_DONE
 
 
 def export_stage(config: Config, plan: Plan, format: str, out: Path) -> Exported:
     """What a finished stage has trained, in one format."""
+    need_done(config, plan)
+    folder = config.out / plan.folder / TRAINED
+    return export(folder, format, out, name=config.run.name, base=_weights(config), pieces=pieces(config))
+
+
+def need_done(config: Config, plan: Plan) -> None:
+    """ConfigError for a stage that has not been trained to its end."""
     if not is_done(config, plan):
         raise ConfigError(
             f"stage {plan.stage.name}: expected a finished stage, found one that has not been trained to its end. Go on with "
             f"`reasonedit-train resume {config.out}`."
         )
-    folder = config.out / plan.folder / TRAINED
-    return export(folder, format, out, name=config.run.name, base=_weights(config), pieces=pieces(config))
 
 
 def choose_stage(config: Config, name: str | None) -> Plan:
@@ -345,20 +371,24 @@ def choose_stage(config: Config, name: str | None) -> Plan:
 
 def _look(config: Config, plan: Plan, ranks: Ranks) -> Seen:
     """A stage as it stands: finished, or at its last checkpoint."""
-    base = Base(config, device=ranks.device)
+    base = open_base(config, device=ranks.device)
     material = open_material(config, base, ranks)
-    carried = starting_point(config, plan)
-    cache: Cache = open_cache(material, plan, carried.get(MLLM))
-    fill_cache(material, plan, cache, carried.get(MLLM), ranks)
+    carried = plan.kind.own(starting_point)(config, plan)
+    cache = plan.kind.own(filled_cache)(material, plan, carried, ranks)
     loaded = plan.kind.load_models(base, plan, carried)
     if is_done(config, plan):
-        found = adapters.load(config.out / plan.folder / TRAINED, base=_weights(config), pieces=pieces(config))
-        for one in found.trained:
-            if one.part in loaded.modules:
-                adapters.restore(loaded.modules[one.part], one, trainable=False)
+        plan.kind.own(take_kept)(config, plan, loaded)
     else:
         apply_weights(find(config.out / plan.folder), loaded.models, average=True)
-    return Seen(material, plan, loaded, make_documents(material, base.shell()), cache, ranks)
+    return Seen(material, plan, loaded, plan.kind.own(documents_of)(material), cache, ranks)
+
+
+def take_kept(config: Config, plan: Plan, loaded: Loaded) -> None:
+    """Put what `keep` has written into the models of that stage."""
+    found = adapters.load(config.out / plan.folder / TRAINED, base=_weights(config), pieces=pieces(config))
+    for one in found.trained:
+        if one.part in loaded.modules:
+            adapters.restore(loaded.modules[one.part], one, trainable=False)
 
 
 def _tell(exported: Exported, quiet: bool) -> None:

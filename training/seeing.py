@@ -248,17 +248,17 @@ def make_hooks(seen: Seen) -> list[Any]:
         hooks.append(
             Hook(
                 "validation",
-                lambda moment: measure(seen, moment.averaged()),
+                lambda moment: seen.plan.kind.own(measure)(seen, moment.averaged()),
                 every=stage.validation.every,
                 at_start=True,
                 at_end=True,
             )
         )
-    if stage.samples.every and DIT in seen.loaded.modules:
+    if stage.samples.every and seen.plan.paints:
 
         def sample(moment: Any) -> None:
             path = moment.run_dir / "samples" / f"step-{moment.step:08d}.png"
-            write_samples(seen, path, f"{stage.name}, step {moment.step}", moment.averaged())
+            seen.plan.kind.own(write_samples)(seen, path, f"{stage.name}, step {moment.step}", moment.averaged())
 
         hooks.append(Hook("samples", sample, every=stage.samples.every, at_end=True))
     return hooks

@@ -13,11 +13,17 @@ from functools import partial
 from typing import Any
 
 from ..reasonedit_core.errors import ConfigError
-from .config import BASE, PREVIOUS, Config, Stage
-from .presets import DIT, FULL, LORA, MLLM, Chosen, choose
+from .config import BASE, PREVIOUS, BrainStage, Config, Stage
+from .presets import BRAIN, DENOISER, DIT, FULL, LLAVA, LORA, MLLM, Chosen, choose
 
 NTP, FM = "ntp", "fm"
 """As in `types`, which needs torch."""
+
+L_MLLM, L_DM, ALIGN = "mllm", "dm", "align"
+"""The losses of ReasonBrain's steps, as a recipe weighs them in [stage.brain]."""
+
+REASONBRAIN = "reasonbrain"
+"""The system of that name, and its step."""
 
 SPOKEN = ("think", "reflect", "understand")
 PAINTED = ("edit", "t2i")
@@ -31,7 +37,8 @@ class StepKind:
     the step calls. trains: parts that may have trainable sets. losses: what it returns sums of. kinds: of records it can use.
     options: names of fields of [stage.loss] that are handed to the function. models, source: what loads the models and makes
     the PackSource of such a stage, called as `assemble.load_stage` and `material.make_source` are; an objective with networks
-    or documents of its own brings its own.
+    or documents of its own brings its own. system: the only one whose recipes may name it, "" for those of ReasonEdit. room: a
+    module whose functions stand in for those of the same name around a stage (`own`).
     """
 
     function: str | Callable[..., Any]
@@ -42,6 +49,12 @@ class StepKind:
     options: tuple[str, ...] = ()
     models: str | Callable[..., Any] = ".assemble:load_stage"
     source: str | Callable[..., Any] = ".material:make_source"
+    system: str = ""
+    room: str = ""
+
+    def own(self, usual: Callable[..., Any]) -> Callable[..., Any]:
+        """What does the work of `usual` for this step: the function of that name in its room, else `usual` itself."""
+        return _found(f"{self.room}:{usual.__name__}") if self.room else usual
 
     def load(self, stage: Stage) -> Callable[..., Any]:
         """The step, with the stage's options bound."""
@@ -70,6 +83,26 @@ STEPS: dict[str, StepKind] = {
     "joint": StepKind(
         ".steps:joint_step", (MLLM, DIT), (MLLM, DIT), (NTP, FM), (*SPOKEN, *PAINTED, "hypothetical"), ("two_phase",)
     ),
+}
+
+
+def _of_brain(step: str, losses: tuple[str, ...]) -> StepKind:
+    return StepKind(
+        f".brain.unit:{step}",
+        (),
+        (BRAIN, LLAVA, DENOISER),
+        losses,
+        ("hypothetical", "edit", "think"),
+        models=".brain.assemble:load_stage",
+        source=".brain.source:make_source",
+        system=REASONBRAIN,
+        room=".brain.room",
+    )
+
+
+STEPS |= {
+    REASONBRAIN: _of_brain("reasonbrain_step", (L_MLLM, L_DM)),
+    "reasonbrain_align": _of_brain("align_step", (L_MLLM, ALIGN)),
 }
 
 
@@ -109,6 +142,11 @@ class Plan:
         return DIT in self.kind.runs
 
     @property
+    def paints(self) -> bool:
+        """Whether pictures can be edited with what it trains."""
+        return self.dit or L_DM in self.kind.losses
+
+    @property
     def speaks(self) -> bool:
         """Whether the MLLM needs its lm_head."""
         return NTP in self.kind.losses
@@ -116,7 +154,9 @@ class Plan:
     @property
     def weights(self) -> dict[str, float]:
         """What each loss is multiplied by."""
+        brain = self.stage.brain or BrainStage()
         stated = {NTP: self.stage.loss.ntp, FM: self.stage.loss.fm}
+        stated |= {name: getattr(brain, name) for name in (L_MLLM, L_DM, ALIGN)}
         return {name: stated.get(name, 1.0) for name in self.kind.losses}
 
 
@@ -130,6 +170,10 @@ def _plan(config: Config, index: int, stage: Stage) -> Plan:
     kind = STEPS.get(stage.step)
     if kind is None:
         raise ConfigError(f"{where}.step: expected one of {', '.join(STEPS)}, found {stage.step!r}.")
+    system = config.model.system
+    if kind.system and kind.system != system or not kind.system and system == REASONBRAIN:
+        fit = [name for name, one in STEPS.items() if (one.system or "") == (REASONBRAIN if system == REASONBRAIN else "")]
+        raise ConfigError(f"{where}.step: expected a step of {system} ({', '.join(fit)}), found {stage.step!r}.")
     try:
         sets = tuple(choose(name, table, config.model.system) for name, table in stage.train.items())
     except ConfigError as error:
@@ -149,7 +193,7 @@ def _check_sets(config: Config, plan: Plan, where: str) -> None:
                 f"{where}.train.{one.name}: expected a set of the {' or '.join(kind.trains)}, as the step {plan.stage.step!r} "
                 f"trains it, found one of the {one.part}. Take it away, or choose the step joint."
             )
-        low = getattr(model, f"{one.part}_weights")
+        low = getattr(model, f"{one.part}_weights", "full")
         if one.mode == FULL and low != "full" and one.name != "connector":
             raise ConfigError(
                 f'{where}.train.{one.name}: expected model.{one.part}_weights = "full", as all weights are trained, found '

@@ -105,11 +105,13 @@ def train_sets(part: str, module: nn.Module, sets: Sequence[Chosen], *, seed: in
                     "the sets away, or exclude the name from one."
                 )
             owner[name] = chosen.name
-        groups.append(_free(part, module, chosen, names, weight_decay))
+        groups.append(free(part, module, chosen, names, weight_decay))
     return groups
 
 
-def _free(part: str, module: nn.Module, chosen: Chosen, names: Sequence[str], weight_decay: float) -> ParamGroup:
+def free(part: str, module: nn.Module, chosen: Chosen, names: Sequence[str], weight_decay: float) -> ParamGroup:
+    """Bring the named parameters to the master dtype of their set and let them be trained; -> their group. ConfigError for
+    low-bit weights."""
     table, parameters = chosen.table, dict(module.named_parameters())
     master = getattr(torch, table.master)
     members = []
@@ -227,5 +229,5 @@ def trainable_table(groups: Sequence[ParamGroup], modules: Mapping[str, nn.Modul
     for row in part_tables(modules):
         share = 100 * row.trained / max(row.weights, 1)
         lines.append(f"{row.part}: {row.trained:,} of {row.weights:,} weights trained ({share:.3g} %)")
-    absent = [name for name in (MLLM, DIT) if name not in modules]
+    absent = [name for name in (MLLM, DIT) if name not in modules] if {MLLM, DIT} & set(modules) else []
     return "\n".join([*lines, *(f"{name}: not loaded" for name in absent)])

@@ -11,7 +11,7 @@ from ..interfaces import ObjectExtractor, RegionFinder, Segmenter, Speaker
 from ..segmenters.regions import GridSegmenter, SegmentedRegions
 from .layout import SETTINGS
 
-SEGMENTERS = "auto, sam:DIR, sam2:DIR, cached:DIR, grid, none"
+SEGMENTERS = "auto, sam:DIR, sam2:DIR, cached:DIR, grid, grid:SIDE, none"
 EXTRACTORS = "auto, mllm, spacy:DIR, rules, whole"
 
 
@@ -29,6 +29,8 @@ def make_finder(
     CheckpointError where there is no SAM, before anything is computed, and ConfigError for another name.
     """
     kind, _, value = name.partition(":")
+    if kind == "grid" and value.isdecimal() and 0 < int(value) <= 32:
+        return SegmentedRegions(GridSegmenter(int(value)))
     if (kind in ("sam", "sam2", "cached")) != bool(value) or kind not in ("auto", "grid", "none", "sam", "sam2", "cached"):
         raise ConfigError(f"segmenter: expected one of {SEGMENTERS}, found {name!r}. Correct it.")
     if kind == "none":

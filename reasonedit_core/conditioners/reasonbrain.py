@@ -26,9 +26,11 @@ from .text_states import TextStates
 
 @dataclass(frozen=True, slots=True)
 class BrainOutput:
-    """enhanced: what the denoiser is given. logits (B, r, vocabulary) at the places before each [IMG] token, or None."""
+    """enhanced: what the denoiser is given. translated: V̂ (B, Q, d_c), before the CME. logits (B, r, vocabulary) at the places
+    before each [IMG] token, or None."""
 
     enhanced: Enhanced
+    translated: Tensor
     logits: Tensor | None = None
 
 
@@ -134,7 +136,8 @@ class ReasonBrainConditioner:
         row = assemble([before, (image, seen), *self.brain.parts(cues), after, queries])
         states, said = self.llava.run(*row, logits=logits)
         own = next(self.brain.parameters())
-        return BrainOutput(self.brain.enhance(states.to(own.dtype), features, cues), said)
+        translated = self.brain.qformer(states.to(own.dtype))
+        return BrainOutput(self.brain.cme(translated, features, cues), translated, said)
 
     @torch.no_grad()
     def condition(

@@ -14,6 +14,9 @@ from ..errors import CheckpointError
 MINIS = {"mini-s": "reasonedit-s", "mini-q": "reasonedit-q"}
 """Name -> the system whose architecture it has."""
 
+BRAINS = {"mini-brain": "reasonbrain"}
+"""The same of ReasonBrain, whose folder is another (`brain/layout.py`)."""
+
 PLACE = "REASONEDIT_MINIS"
 """Environment variable: a folder with minis of one's own, looked at before the package."""
 
@@ -22,7 +25,7 @@ def mini_folder(name: str) -> Path:
     """The folder of a mini. CheckpointError where it is not there."""
     places = mini_places(name)
     for place in places:
-        if (place / "model_index.json").is_file():
+        if _whole(name, place):
             return place
     looked = " and ".join(map(str, places))
     raise CheckpointError(
@@ -33,12 +36,17 @@ def mini_folder(name: str) -> Path:
 
 def mini_places(name: str) -> list[Path]:
     """Where a mini is looked for, in this order."""
-    if name not in MINIS:
-        raise CheckpointError(f"expected a mini out of {', '.join(MINIS)}, found {name!r}. Correct the name.")
+    if name not in {**MINIS, **BRAINS}:
+        raise CheckpointError(f"expected a mini out of {', '.join((*MINIS, *BRAINS))}, found {name!r}. Correct the name.")
     own = os.environ.get(PLACE)
     return [*([Path(own) / name] if own else []), Path(__file__).parent / name]
 
 
 def has_mini(name: str) -> bool:
     """Whether the weights of a mini are there."""
-    return any((place / "model_index.json").is_file() for place in mini_places(name))
+    return any(_whole(name, place) for place in mini_places(name))
+
+
+def _whole(name: str, place: Path) -> bool:
+    """Whether a folder holds a mini of that name; each system's last file stands for all."""
+    return (place / ("brain.safetensors" if name in BRAINS else "model_index.json")).is_file()

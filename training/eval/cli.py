@@ -19,7 +19,8 @@ from .benchmarks.cli import add_commands
 
 EXIT_BELOW = 1
 
-TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
+BRAIN_TABLES = ("components", "components_switched", "enhancers")
+TABLES = ("loop", "stages", "reflection", "rounds", "reflector", *BRAIN_TABLES)
 GROUPS = ("all", "concrete", "abstract", "factual", "conceptual", "procedural")
 
 
@@ -79,8 +80,8 @@ def _add_miniature(commands) -> None:
     words = "a table of the miniature world: drawn scenes that no training has seen, judged exactly"
     parser = commands.add_parser("miniature", help=words, description=words[0].upper() + words[1:] + ".")
     add = parser.add_argument
-    add("--system", required=True, metavar="NAME", help="mini-s, mini-q, or a folder of weights of a miniature")
-    add("--table", required=True, choices=TABLES)
+    add("--system", required=True, metavar="NAME", help="mini-s, mini-q, mini-brain, or a folder of weights of a miniature")
+    add("--table", required=True, choices=TABLES, help=f"of mini-brain: {', '.join(BRAIN_TABLES)}")
     add("--out", required=True, type=Path, metavar="DIR", help="for TABLE.json, .md, .png, and the records to go on from")
     add("--n", type=whole(1, 1_000_000), default=120, metavar="N", help="items: half concrete, half abstract (120)")
     add("--seed", type=int, default=0, metavar="S", help="any whole number; the items follow from it (0)")

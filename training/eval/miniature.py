@@ -50,6 +50,11 @@ def make_table(request: Request, say: Say) -> Measured:
 
     Raises ConfigError and CheckpointError for values and weights, before anything is run.
     """
+    from .brain import brain_folder, make_brain_table
+
+    folder = brain_folder(request.system)
+    if folder is not None:
+        return make_brain_table(request, folder, say)
     if request.table not in TABLES:
         raise ConfigError(f"--table: expected one of {', '.join(TABLES)}, found {request.table!r}.")
     table = TABLES[request.table]

@@ -6,6 +6,7 @@
     pairs      Thinking Pairs, each an editing pair too
     triples    Reflection Triples, success : reflection : failed = 3 : 1 : 1
     drawings   pictures from captions
+    suppositions  hypothetical instructions of Reason50K's four categories in turn, in English, for mini-brain
 
 All are drawn from the training split of the world. Their own validation part (`split = held_out` in the record) is of that
 split as well, from seeds beyond those of the training part: the world's held-out split is kept for the tables alone.
@@ -26,7 +27,7 @@ from ...reasonedit_core.errors import ConfigError
 from ...reasonedit_core.files import write_json, write_whole
 from ...reasonedit_core.mini import words
 from ...reasonedit_core.mini.dice import Dice
-from ...reasonedit_core.mini.items import ENGLISH_SHARE, Item, item, scene
+from ...reasonedit_core.mini.items import CATEGORIES, ENGLISH_SHARE, Item, item, scene
 from ...reasonedit_core.mini.texts import caption
 from ...reasonedit_core.mini.world import SIZE
 from ..data.records import FILE_NAME
@@ -36,6 +37,7 @@ from .writers import (
     PictureStore,
     edit_record,
     faulty,
+    hypothetical_record,
     reflect_picture_record,
     reflect_record,
     spoiled,
@@ -210,6 +212,11 @@ def _drawings(number: int, draw: Draw) -> Entry | None:
     return t2i_record(shown, draw.store, draw.name, caption(shown, draw.language, draw.dice))
 
 
+def _suppositions(number: int, draw: Draw) -> Entry | None:
+    one = item(draw.seed, CATEGORIES[number % len(CATEGORIES)], "train", "en")
+    return hypothetical_record(one, draw.store, draw.name)
+
+
 _VERDICTS = ("success", "reflection", "success", "failed", "success")
 _SPOILED = 1 / 3
 
@@ -219,6 +226,7 @@ BOOKS: dict[str, Callable[[int, Draw], Entry | None]] = {
     "pairs": _pairs,
     "triples": _triples,
     "drawings": _drawings,
+    "suppositions": _suppositions,
 }
 """Book -> the record of a number, or None where what was drawn does not allow it."""
 

@@ -31,7 +31,7 @@ from ..optim import OptimSettings
 from ..types import Losses, MicroStep, Models, ParamGroup
 from .blank import VAES
 from .vae_flat import FlatKL, FlatQwen
-from .vae_scenes import Crops, as_pixels, as_tensor, plain_scenes
+from .vae_scenes import CHANNELS, Crops, as_pixels, as_tensor, plain_scenes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,6 +218,7 @@ def run_steps(settings: VaeSettings, models: VaeModels, run: Path) -> Outcome:
         noise=settings.noise,
         factor=pixels_per_latent(settings),
         fingerprint=config_hash(own),
+        channels=vae_config(settings).get("latent_channels", CHANNELS),
     )
 
     def look(moment: Moment) -> Mapping[str, Any]:

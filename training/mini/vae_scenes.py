@@ -40,7 +40,7 @@ class Pictures(MicroStep):
 class Crops:
     """A `PackSource` of one epoch: crops up to step `whole_from`, then whole pictures, as many pixels a step.
 
-    factor: pixels per latent on each side.
+    factor: pixels per latent on each side. channels: of the latents.
     """
 
     seed: int
@@ -51,6 +51,7 @@ class Crops:
     noise: float
     factor: int
     fingerprint: str
+    channels: int = CHANNELS
 
     def __len__(self) -> int:
         return self.steps
@@ -74,7 +75,7 @@ class Crops:
             names.append(f"{cursor}-{number}")
         rng = torch.Generator().manual_seed(Dice("vae noise", self.seed, epoch, cursor).below(1 << 62))
         strength = self.noise * torch.rand((count, 1, 1, 1), generator=rng)
-        noise = strength * torch.randn((count, CHANNELS, side // self.factor, side // self.factor), generator=rng)
+        noise = strength * torch.randn((count, self.channels, side // self.factor, side // self.factor), generator=rng)
         return [Pictures(None, None, {"picture": float(count)}, torch.stack(crops), noise, torch.stack(covers), tuple(names))]
 
 

@@ -21,7 +21,7 @@ from ...reasonedit_core.mini.faults import SPOILERS, Fault, plant, spoil
 from ...reasonedit_core.mini.items import Item
 from ...reasonedit_core.mini.judge import quality, read
 from ...reasonedit_core.mini.kinds import CELLS
-from ...reasonedit_core.mini.texts import target_description
+from ...reasonedit_core.mini.texts import caption, target_description
 from ...reasonedit_core.mini.verdicts import Assessment, assess
 from ...reasonedit_core.mini.world import SIZE, Scene, render
 from ..data.records import SCHEMA
@@ -100,6 +100,19 @@ def edit_record(item: Item, store: PictureStore, name: str, *, instruction: str 
     if instruction is not None and instruction != item.instruction:
         record["edit"] = {"instruction_used": instruction}
     return record
+
+
+def hypothetical_record(item: Item, store: PictureStore, name: str) -> Entry:
+    """A record of Reason50K's kind, of an item whose rule has one of its four categories."""
+    if item.category is None:
+        raise DataError(f"{name}: expected an item of one of Reason50K's categories, found a clear one. Draw another kind.")
+    reason = {
+        "scenario": item.category,
+        "hypothetical": item.instruction,
+        "source_caption": caption(item.source, item.language),
+        "target_caption": caption(item.target, item.language),
+    }
+    return {**_head(name, "hypothetical"), **_asked(item), "images": _pair(item, store), "reason50k": reason}
 
 
 def reflect_record(item: Item, store: PictureStore, name: str, fault: Fault, *, think: bool = True) -> Entry:

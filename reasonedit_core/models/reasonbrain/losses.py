@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ...errors import ConfigError
 
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "rows"]
 Target = Literal["epsilon", "v_prediction", "velocity"]
 
 
@@ -21,20 +21,21 @@ def mllm_loss(logits: Tensor, ids: Tensor, reduction: Reduction = "mean") -> Ten
     """L_MLLM of eq. A1: logits (B, r, vocabulary) at the places before each [IMG] token, ids (r,) of these tokens -> scalar.
 
     Eq. A1 sums over the r tokens ("sum", then a mean over the batch). Of 32 tokens the sum starts above 160 and would drown
-    L_DM, which starts about 1, so the mean is the default.
+    L_DM, which starts about 1, so the mean is the default. "rows": the mean over the r tokens of each row, (B,).
     """
     if logits.shape[1] != ids.shape[0]:
         raise ConfigError(f"expected logits at {ids.shape[0]} places, one per [IMG] token, found {logits.shape[1]}.")
     targets = ids.to(logits.device).expand(logits.shape[0], -1)
-    loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="mean")
-    return loss if reduction == "mean" else loss * ids.shape[0]
+    rows = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+    return rows if reduction == "rows" else rows.mean() * (1 if reduction == "mean" else ids.shape[0])
 
 
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """L_DM of eq. A2: mean squared error in fp32; prediction and target of one shape -> scalar."""
+def denoising_loss(prediction: Tensor, target: Tensor, reduction: Literal["mean", "rows"] = "mean") -> Tensor:
+    """L_DM of eq. A2: mean squared error in fp32; prediction and target of one shape (B, ...) -> scalar, or (B,) with rows."""
     if prediction.shape != target.shape:
         raise ConfigError(f"expected prediction and target of one shape, found {(*prediction.shape,)} and {(*target.shape,)}.")
-    return functional.mse_loss(prediction.float(), target.float())
+    rows = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    return rows if reduction == "rows" else rows.mean()
 
 
 def noised(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, kind: Target) -> tuple[Tensor, Tensor]:
