@@ -84,9 +84,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "projector": Preset(LLAVA, FULL, {_BRAIN: (r"model\.multi_modal_projector\..+",)}, {}, what="IA, LLaVA's projector"),
     "denoiser": Preset(DENOISER, FULL, {_BRAIN: (r".+",)}, _FIRST, what="all weights of the denoiser but its first layer"),
-    "denoiser_attention": Preset(
-        DENOISER, FULL, {_BRAIN: (r".*attn\d?\..+",)}, {}, what="the attention of the denoiser"
-    ),
+    "denoiser_attention": Preset(DENOISER, FULL, {_BRAIN: (r".*attn\d?\..+",)}, {}, what="the attention of the denoiser"),
     "denoiser_context": Preset(
         DENOISER, FULL, {_BRAIN: (r".*attn2\.to_[kv]\..+",)}, {}, what="what reads the context in the UNet's cross-attention"
     ),
