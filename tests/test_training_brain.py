@@ -138,7 +138,7 @@ def test_faulty_sets_are_sentences(place):
         open_base(recipe(place, "model.brain.spec={wide = 3}"))
     with pytest.raises(ConfigError, match="drop_both"):
         recipe(place, "stage.0.brain.drop_both=0.3")
-    with pytest.raises(ConfigError, match="expected a step of reasonedit-s"):
+    with pytest.raises(ConfigError, match="expected one of reasoning, editing, joint, found .* Choose a step of reasonedit-s"):
         plan_stages(load_config("tiny_cpu", ["stage.0.step=reasonbrain", "stage.0.mixture.kinds={}"]))
 
 

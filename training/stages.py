@@ -56,6 +56,10 @@ class StepKind:
         """What does the work of `usual` for this step: the function of that name in its room, else `usual` itself."""
         return _found(f"{self.room}:{usual.__name__}") if self.room else usual
 
+    def fits(self, system: str) -> bool:
+        """Whether recipes of a system may name it."""
+        return self.system == system or not self.system and system != REASONBRAIN
+
     def load(self, stage: Stage) -> Callable[..., Any]:
         """The step, with the stage's options bound."""
         bound = {name: getattr(stage.loss, name) for name in self.options}
@@ -167,13 +171,10 @@ def plan_stages(config: Config) -> tuple[Plan, ...]:
 
 def _plan(config: Config, index: int, stage: Stage) -> Plan:
     where = f"stage.{stage.name}"
-    kind = STEPS.get(stage.step)
-    if kind is None:
-        raise ConfigError(f"{where}.step: expected one of {', '.join(STEPS)}, found {stage.step!r}.")
-    system = config.model.system
-    if kind.system and kind.system != system or not kind.system and system == REASONBRAIN:
-        fit = [name for name, one in STEPS.items() if (one.system or "") == (REASONBRAIN if system == REASONBRAIN else "")]
-        raise ConfigError(f"{where}.step: expected a step of {system} ({', '.join(fit)}), found {stage.step!r}.")
+    kind, system = STEPS.get(stage.step), config.model.system
+    if kind is None or not kind.fits(system):
+        fit = ", ".join(name for name, one in STEPS.items() if one.fits(system))
+        raise ConfigError(f"{where}.step: expected one of {fit}, found {stage.step!r}. Choose a step of {system}.")
     try:
         sets = tuple(choose(name, table, config.model.system) for name, table in stage.train.items())
     except ConfigError as error:
