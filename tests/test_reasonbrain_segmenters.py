@@ -167,7 +167,8 @@ def test_words_for_finders(tmp_path):
     cached = make_finder("cached:kept", root=tmp_path, segmenter=sam)
     assert cached.folder == tmp_path / "kept" and network_of(cached) is not None
     assert network_of(make_finder("cached:kept", root=tmp_path)) is None and make_finder("none", root=tmp_path) is None
-    for name in ("sam", "eyes", "grid:4", ""):
+    assert make_finder("grid:3", root=tmp_path).segmenter.side == 3
+    for name in ("sam", "eyes", "grid:0", "grid:x", ""):
         with pytest.raises(ConfigError, match="segmenter: expected one of auto, sam:DIR"):
             make_finder(name, root=tmp_path)
     with pytest.raises(CheckpointError, match="expected a segmenter .*found no folder `segmenter`"):
