@@ -41,7 +41,8 @@ class BrainSettings(BaseModel):
     """What `reasonbrain.json` may state. Paths are relative to its folder.
 
     parts: where a part lies that is not in the folder; `PARTS` are the names. segmenter: auto (SAM or SAM 2 of the part
-    `segmenter`), grid (fixed boxes, no network), cached:DIR (masks that were found before), none (the user's masks alone).
+    `segmenter`), grid or grid:SIDE (fixed boxes, 4 or SIDE on each side, no network), cached:DIR (masks that were found
+    before), none (the user's masks alone).
     extractor: who names the objects where the user does not: auto, mllm (the reasoner's), spacy:DIR, rules, whole (the
     instruction is the one object). switches: parts of the model to leave out, fields of `models.reasonbrain.spec.Switches`.
     image_guidance: how far the source is followed (three-pass guidance of SD; FLUX has none).
