@@ -161,7 +161,8 @@ def sizes(system: str, ordinary: int) -> dict[str, dict[str, Any]]:
     }
     return {
         "text_encoder": encoder,
-        "generation": {**ends, "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]},
+        # Thoughts and descriptions of a few hundred words repeat the words of their question; Qwen's penalty would punish that.
+        "generation": {**ends, "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "repetition_penalty": 1.0},
         "transformer": dict(_TRANSFORMERS[system]),
         "vae": dict(VAES[system]),
         "scheduler": {"shift_terminal": None},  # of few steps, one between 0.02 and 0 would be lost
