@@ -65,6 +65,7 @@ def test_the_mixtures(shelf):
         "triples": {"reflect": 60},
         "drawings": {"t2i": 60},
         "suppositions": {"hypothetical": 60},
+        "looks": {"understand": 60},
     }
     clear = Counter(each.instruction.clarity for each in shelf["pairs"] if each.split == "train")
     assert clear == {"abstract": 40, "clear": 20}
@@ -157,7 +158,7 @@ def test_a_triple_says_what_its_pictures_show(shelf):
 def test_the_words_teach_no_reasoning_about_edits(shelf):
     """Answers are captions, names, places, numbers and clear instructions; nothing abstract is asked, nothing judged."""
     rules = [record.instruction.raw for record in shelf["pairs"] if record.instruction.clarity == "abstract"]
-    for record in shelf["words"]:
+    for record in (*shelf["words"], *shelf["looks"]):
         for turn in record.understand.turns:
             for text in (turn.question, turn.answer):
                 assert not re.search(r"<#|\{|meets_instruction|should be|应该|described", text), text
@@ -214,7 +215,7 @@ def test_a_finished_book_is_not_made_again(tmp_path, caplog):
 
 
 def test_books_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*suppositions, found 'novels'"):
+    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*suppositions, looks, found 'novels'"):
         write_book("novels", tmp_path, 4)
     for count, held_out, seed in ((0, 0, 0), (-1, 5, 0), (4, 2, -1)):
         with pytest.raises(ConfigError, match="expected"):
@@ -251,7 +252,7 @@ def test_every_document_can_be_made(shelf, tmp_path):
     assert not refused
     tasks = Counter(task for _, task in sources.values())
     assert tasks == {
-        "understand": 70, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
+        "understand": 140, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
     }  # fmt: skip
     assert max(each.text for each in made) < 1000 and max(each.image for each in made) < 200
 
@@ -309,3 +310,26 @@ def test_a_reading_place_by_place_names_all_nine_as_they_are(language):
             empty = "空" if language == "zh" else "empty"
             assert place.lower() == words.place_name(cell, language)
             assert thing == (words.name_look(look, language) if look else empty)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_questions_after_places_and_objects_meant_are_answered_truly(language):
+    from reasonedit.reasonedit_core.mini import words
+    from reasonedit.reasonedit_core.mini.dice import Dice
+    from reasonedit.training.mini.readings import read_meant, read_places
+
+    def sentence(text):
+        return f"{text}。" if language == "zh" else f"{text[:1].upper()}{text[1:]}."
+
+    for seed in range(20):
+        shown = scene(seed, least=2)
+        named = [one for one in shown.objects if words.forms(shown, one.cell) != ("place", "full")]
+        places = {sentence(words.at_place(one.cell, language)) for one in named}
+        told = read_places(shown, language, Dice("places", seed))
+        assert {answer for _, answer in told[: len(named)]} == places and len(told) <= len(named) + 2
+        objects = set()
+        for one in shown.objects:
+            where, look = words.at_place(one.cell, language), words.name_look(one.look, language)
+            objects.add(f"{where}的{look}。" if language == "zh" else f"The {look} {where}.")
+        meant = read_meant(shown, language, Dice("meant", seed))
+        assert meant and {answer for _, answer in meant} <= objects

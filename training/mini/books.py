@@ -6,6 +6,7 @@
     pairs      Thinking Pairs, each an editing pair too
     triples    Reflection Triples, success : reflection : failed = 3 : 1 : 1
     drawings   pictures from captions
+    looks      where things are, and which one an instruction means: short questions about pictures, for the base MLLM
     suppositions  hypothetical instructions of Reason50K's four categories in turn, in English, for mini-brain
 
 All are drawn from the training split of the world. Their own validation part (`split = held_out` in the record) is of that
@@ -31,7 +32,7 @@ from ...reasonedit_core.mini.items import CATEGORIES, ENGLISH_SHARE, Item, item,
 from ...reasonedit_core.mini.texts import caption
 from ...reasonedit_core.mini.world import SIZE
 from ..data.records import FILE_NAME
-from .readings import read_cells, read_instructions, read_scene, read_text
+from .readings import read_cells, read_instructions, read_meant, read_places, read_scene, read_text
 from .writers import (
     Entry,
     PictureStore,
@@ -212,6 +213,17 @@ def _drawings(number: int, draw: Draw) -> Entry | None:
     return t2i_record(shown, draw.store, draw.name, caption(shown, draw.language, draw.dice))
 
 
+def _looks(number: int, draw: Draw) -> Entry | None:
+    language, dice = draw.language, draw.dice
+    if number % 2:
+        shown = clear_item(draw, language).source
+        turns = read_meant(shown, language, dice)
+    else:
+        shown = scene(draw.seed, "train", least=2)
+        turns = read_places(shown, language, dice)
+    return understand_record(shown, draw.store, draw.name, turns) if turns else None
+
+
 def _suppositions(number: int, draw: Draw) -> Entry | None:
     one = item(draw.seed, CATEGORIES[number % len(CATEGORIES)], "train", "en")
     return hypothetical_record(one, draw.store, draw.name)
@@ -227,6 +239,7 @@ BOOKS: dict[str, Callable[[int, Draw], Entry | None]] = {
     "triples": _triples,
     "drawings": _drawings,
     "suppositions": _suppositions,
+    "looks": _looks,
 }
 """Book -> the record of a number, or None where what was drawn does not allow it."""
 

@@ -16,7 +16,7 @@ from ...reasonedit_core.mini.kinds import CELLS, MOST_OBJECTS
 from ...reasonedit_core.mini.splits import split_of_scene
 from ...reasonedit_core.mini.texts import caption, questions
 from ...reasonedit_core.mini.wordings import canonical, describe, draw_wording
-from ...reasonedit_core.mini.world import Scene
+from ...reasonedit_core.mini.world import Object, Scene
 
 Turns = list[tuple[str, str]]
 
@@ -92,14 +92,35 @@ def read_instructions(scene: Scene, language: str, dice: Dice, number: int = 3) 
         turns.append((dice.pick(_PLAINLY[language]).format(said=said), canonical([edit], scene, language)[0]))
         one = scene.at(edit.cell) if hasattr(edit, "cell") else None
         if one is not None:
-            where, look = words.at_place(one.cell, language), words.name_look(one.look, language)
-            full = f"{where}的{look}。" if language == "zh" else f"The {look} {where}."
-            turns.append((dice.pick(_MEANT[language]).format(said=said), full))
+            where = words.at_place(one.cell, language)
+            turns.append((dice.pick(_MEANT[language]).format(said=said), _object_at(one, language)))
             the = words.refer(scene, one.cell, language, dice, among=("kind", "colour", "size", "state"))
             turns.append((dice.pick(_CELL[language]).format(the=the), _sentence(where, language)))
         if dice.chance(0.3):
             turns.append((dice.pick(_CHANGE[language]).format(said=said), _KINDS[language][edit_kind(edit)]))
     return list(dict(dice.sample(turns, min(len(turns), 5))).items())
+
+
+def read_places(scene: Scene, language: str, dice: Dice) -> Turns:
+    """Where each object is that can be named without its place, and two questions more. To go from what a thing looks like to
+    where it is, in one word, is harder than to tell all places in turn, and it is what every instruction asks for."""
+    turns: Turns = []
+    for one in dice.sample(scene.objects, len(scene.objects)):
+        if words.forms(scene, one.cell) != ("place", "full"):
+            the = words.refer(scene, one.cell, language, dice, among=("kind", "colour", "size", "state"))
+            turns.append((dice.pick(_CELL[language]).format(the=the), _sentence(words.at_place(one.cell, language), language)))
+    return list(dict([*turns, *questions(scene, language, dice, 2)]).items())
+
+
+def read_meant(scene: Scene, language: str, dice: Dice, number: int = 3) -> Turns:
+    """Which object each of some clear instructions speaks of. Empty where nothing can be changed."""
+    turns: Turns = []
+    for edit in _some_edits(scene, dice, number):
+        one = scene.at(edit.cell) if hasattr(edit, "cell") else None
+        if one is not None:
+            said = describe(edit, scene, language, draw_wording(edit, scene, language, "train", dice), dice)
+            turns.append((dice.pick(_MEANT[language]).format(said=said), _object_at(one, language)))
+    return list(dict(turns).items())
 
 
 def _some_edits(scene: Scene, dice: Dice, number: int) -> Sequence[Edit]:
@@ -114,6 +135,11 @@ def _some_edits(scene: Scene, dice: Dice, number: int) -> Sequence[Edit]:
         if len(found) >= number:
             break
     return found
+
+
+def _object_at(one: Object, language: str) -> str:
+    where, look = words.at_place(one.cell, language), words.name_look(one.look, language)
+    return f"{where}的{look}。" if language == "zh" else f"The {look} {where}."
 
 
 def _sentence(text: str, language: str) -> str:
