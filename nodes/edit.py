@@ -15,7 +15,7 @@ from ..reasonedit_core.types import Edited, EditRequest
 from . import host
 from .host import EditedSocket, EditorSocket, io
 from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures, to_regions
-from .widgets import generation_inputs, policy_input, region_inputs, seed_input
+from .widgets import generation_inputs, policy_input, previous_input, region_inputs, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +133,7 @@ class Edit(io.ComfyNode):
                 ),
                 *generation_inputs(),
                 policy_input(),
-                EditedSocket.Input(
-                    "previous",
-                    optional=True,
-                    tooltip="The output `edited` of the Edit that made this picture (inside a loop: Loop Open's). Its latents "
-                    "are used again, so that a chain of edits loses nothing to resizes and the VAE.",
-                ),
+                previous_input(),
                 io.Image.Input(
                     "reference_2", optional=True, tooltip="A second picture to refer to (Qwen-Image-Edit-2509 and -2511 only)."
                 ),

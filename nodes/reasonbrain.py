@@ -24,7 +24,7 @@ from .folders import AUTO, FROM_CHECKPOINT
 from .host import BrainSocket, EditedSocket, FileList, GuidanceSocket, ReasonerSocket, RegionsSocket, io
 from .models import DTYPES
 from .sockets import Script, to_picture
-from .widgets import generation_inputs, no_text, seed_input
+from .widgets import generation_inputs, no_text, previous_input, seed_input
 
 METHODS = ("auto", "reasoner", "rules", "whole instruction")
 PLAIN = ("grid", "none")
@@ -371,12 +371,7 @@ class Edit(io.ComfyNode):
                     tooltip="How strongly to keep to the picture. 0: the checkpoint's own. FLUX has none.",
                 ),
                 *_cue_inputs(),
-                EditedSocket.Input(
-                    "previous",
-                    optional=True,
-                    tooltip="The output `edited` of the Edit that made this picture (inside a loop: Loop Open's). Its latents "
-                    "are used again, so that a chain of edits loses nothing to resizes and the VAE.",
-                ),
+                previous_input(),
             ],
             outputs=[
                 io.Image.Output("out_image", display_name="image", tooltip="The edited picture, of the size of the input."),

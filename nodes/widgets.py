@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..reasonedit_core.loop import POLICIES
-from .host import io
+from .host import EditedSocket, io
 
 MAX_SEED = 2**64 - 1
 
@@ -60,6 +60,16 @@ def generation_inputs() -> list[Any]:
         ),
         io.String.Input("negative", default="", multiline=True, tooltip="What to stay away from. Empty: the system's own."),
     ]
+
+
+def previous_input() -> Any:
+    """What an earlier edit made, for an edit that goes on from it."""
+    return EditedSocket.Input(
+        "previous",
+        optional=True,
+        tooltip="The output `edited` of the Edit that made this picture (inside a loop: Loop Open's). Its latents are used "
+        "again, so that a chain of edits loses nothing to resizes and the VAE.",
+    )
 
 
 REGIONS = ("off", "auto", "mask")

@@ -340,10 +340,12 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, drawn, monk
 
     command = ["thinking-pairs", str(drawn[0]), "--out", str(tmp_path / "out"), "--world", str(drawn[0].parent), "--quiet"]
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without one
-    with monkeypatch.context() as patch:
-        patch.setattr(WorldAnnotator, "answer", stopping)
-        assert main(command) == 130 and "goes on from here" in capsys.readouterr().err
-    signal.signal(signal.SIGINT, usual)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(WorldAnnotator, "answer", stopping)
+            assert main(command) == 130 and "goes on from here" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, usual)
     kept = len(read_journal(tmp_path / "out/journal.jsonl").entries)
     assert answered.is_set() and kept > 0
     assert main(command) == 0 and f"{SEEDS} records" in capsys.readouterr().out

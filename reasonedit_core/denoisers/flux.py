@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..types import Conditioning, Counts, LatentImage
-from ..weightfiles import read_json, weight_files
+from .stock import load_stock
 from .unet import residual_map
 
 if TYPE_CHECKING:
@@ -56,15 +56,7 @@ def load_flux(
     path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> FluxTransformer2DModel:
     """A FLUX transformer from a local diffusers folder, widened. Raises CheckpointError."""
-    from diffusers import FluxTransformer2DModel
-
-    path = Path(path)
-    found = read_json(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
-    if found != "FluxTransformer2DModel":
-        what = f"a {found}" if found else "no config.json that names its class"
-        raise CheckpointError(f"{path}: expected a FluxTransformer2DModel, found {what}. Name the transformer folder.")
-    weight_files(path)
-    return widen_flux(FluxTransformer2DModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)).to(device)
+    return widen_flux(load_stock(path, "FluxTransformer2DModel", "the transformer folder", dtype)).to(device)
 
 
 class FluxDenoiser:

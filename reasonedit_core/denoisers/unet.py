@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..errors import CheckpointError, ConfigError
 from ..types import Conditioning, Counts, LatentImage
-from ..weightfiles import read_json, weight_files
+from .stock import load_stock
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -63,16 +63,7 @@ def load_unet(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> UNet2DConditionModel:
     """A UNet from a local diffusers folder (`unet/` of a pipeline), widened. Raises CheckpointError."""
-    from diffusers import UNet2DConditionModel
-
-    path = Path(path)
-    found = read_json(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
-    if found != "UNet2DConditionModel":
-        what = f"a {found}" if found else "no config.json that names its class"
-        raise CheckpointError(f"{path}: expected a UNet2DConditionModel, found {what}. Name the unet folder of an SD pipeline.")
-    weight_files(path)
-    unet = UNet2DConditionModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
-    return widen_unet(unet).to(device)
+    return widen_unet(load_stock(path, "UNet2DConditionModel", "the unet folder of an SD pipeline", dtype)).to(device)
 
 
 class UNetDenoiser:

@@ -28,7 +28,7 @@ from ...reasonedit_core.errors import ConfigError
 from ...reasonedit_core.files import write_json
 from ..run import TRAINED
 from .brain_rows import FULL, LIMIT, PLACE, ROWS
-from .chain import RECIPES, Chain
+from .chain import RECIPES, Chain, run_links, take_links
 from .chain import _whole as whole_folder
 
 if TYPE_CHECKING:
@@ -88,30 +88,14 @@ class BrainChain:
             "finish": self._finish,
             "card": self._card,
         }
-        if until is not None and until not in links:
-            raise ConfigError(f"--until: expected one of {', '.join(links)}, found {until!r}. Choose one of them.")
-        self._take_links()
+        return run_links(SYSTEM, links, until, self._begin)
+
+    def _begin(self) -> None:
+        take_links(self.links, self.out, "brain-tokens/text.json")
         if self.threads:
             import torch
 
             torch.set_num_threads(self.threads)
-        for name, link in links.items():
-            log.info("%s: %s", SYSTEM, name)
-            code = link()
-            if code or name == until:
-                return code
-        return 0
-
-    def _take_links(self) -> None:
-        if self.links is None:
-            return
-        if not (self.links / "brain-tokens" / "text.json").is_file():
-            raise ConfigError(f"--links: expected links of {SYSTEM} (brain-tokens, vae, llava) in {self.links}, found none.")
-        for file in sorted(path for path in self.links.glob("*/**/*") if path.is_file()):
-            place = self.out / file.relative_to(self.links)
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, place)
 
     def _tokens(self) -> int:
         import torch

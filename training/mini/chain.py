@@ -159,26 +159,7 @@ class Chain:
             "compare": self._compare,
             "card": self._card,
         }
-        if until is not None and until not in links:
-            raise ConfigError(f"--until: expected one of {', '.join(links)}, found {until!r}. Choose one of them.")
-        self._take_links()
-        for name, link in links.items():
-            log.info("%s: %s", self.system, name)
-            code = link()
-            if code or name == until:
-                return code
-        return 0
-
-    def _take_links(self) -> None:
-        if self.links is None:
-            return
-        if not (self.links / "tokenizer" / "vocab.json").is_file():
-            raise ConfigError(f"--links: expected links of a miniature (tokenizer, vae, runs) in {self.links}, found none.")
-        for file in sorted(path for path in self.links.glob("*/**/*") if path.is_file()):  # not what stands beside them
-            place = self.out / file.relative_to(self.links)
-            if not place.exists():
-                log.info("taken from %s: %s", self.links, file.relative_to(self.links))
-                write_whole(place, file.read_bytes())
+        return run_links(self.system, links, until, lambda: take_links(self.links, self.out, "tokenizer/vocab.json"))
 
     def _tokens(self) -> int:
         from .blank import write_blank
@@ -341,6 +322,32 @@ class Chain:
 
     def _some(self, count: int) -> int:
         return max(1, round(count * self.share))
+
+
+def run_links(name: str, links: Mapping[str, Callable[[], int]], until: str | None, begin: Callable[[], None]) -> int:
+    """Make links in turn, up to the one named `until`, after `begin`. Returns the exit code: 0, or of one that was stopped."""
+    if until is not None and until not in links:
+        raise ConfigError(f"--until: expected one of {', '.join(links)}, found {until!r}. Choose one of them.")
+    begin()
+    for link, make in links.items():
+        log.info("%s: %s", name, link)
+        code = make()
+        if code or link == until:
+            return code
+    return 0
+
+
+def take_links(links: Path | None, out: Path, mark: str) -> None:
+    """Copy what `out` lacks from a folder of links, which holds the file `mark`; each file is there whole or not at all."""
+    if links is None:
+        return
+    if not (links / mark).is_file():
+        raise ConfigError(f"--links: expected links of a miniature, {mark} among them, in {links}, found none.")
+    for file in sorted(path for path in links.glob("*/**/*") if path.is_file()):  # not what stands beside them
+        place = out / file.relative_to(links)
+        if not place.exists():
+            log.info("taken from %s: %s", links, file.relative_to(links))
+            write_whole(place, file.read_bytes())
 
 
 def _swap_weights(folder: Path, trained: Path) -> None:
