@@ -205,7 +205,7 @@ def test_values_that_make_no_sense_are_refused(tmp_path):
         BrainChain(tmp_path, rows=("best",))
     with pytest.raises(ConfigError, match="above 0 and up to 1, found 0"):
         BrainChain(tmp_path, share=0.0)
-    with pytest.raises(ConfigError, match="expected links of mini-brain"):
+    with pytest.raises(ConfigError, match="expected links of a miniature, brain-tokens"):
         BrainChain(tmp_path, links=tmp_path).make()
     assert not list(tmp_path.iterdir())
 
