@@ -102,10 +102,11 @@ class ComponentPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def make_patcher(component: str, holder: torch.nn.Module, device: torch.device) -> ComponentPatcher:
-    """The patcher of one component. Its weights are on the CPU and go to `device`; its Linears may be streamed."""
+    """The patcher of one component. Its weights are on the CPU and go to `device`; its Linears may be streamed, unless they are
+    where they compute."""
     import comfy.ops
 
-    if component != "vae":
+    if component != "vae" and not mm.is_device_cpu(device):
         streaming.make_streamable(holder, comfy.ops.disable_weight_init.Linear)
     offload = {"mllm": mm.text_encoder_offload_device, "dit": mm.unet_offload_device, "vae": mm.vae_offload_device}
     return ComponentPatcher(holder, load_device=device, offload_device=offload[component]())

@@ -498,6 +498,10 @@ def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _mover(spec: SystemSpec, device: torch.device, **modules: torch.nn.Module) -> Mover:
+    from .kernels import hasten
     from .offload import make_mover
 
-    return spec.make_mover(modules, device) if spec.make_mover else make_mover(spec.offload, modules, device)
+    mover = spec.make_mover(modules, device) if spec.make_mover else make_mover(spec.offload, modules, device)
+    if device.type == "cpu":  # behind the host's patcher, which may have given the Linears a class of its own
+        hasten(*modules.values())
+    return mover

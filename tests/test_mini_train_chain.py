@@ -13,12 +13,12 @@ from reasonedit.training.mini.card import write_card
 from reasonedit.training.mini.chain import (
     BETWEEN,
     EDITOR_LEGS,
+    FINDING,
     MLLM_LEGS,
     MLLM_RUN,
     REASONING,
     RECIPES,
     THINKING,
-    TOGETHER,
     Chain,
 )
 from reasonedit.training.mini.finish import write_finished
@@ -107,12 +107,12 @@ def test_every_leg_begins_with_what_one_before_it_leaves(system):
     legs = {leg.run: leg for leg in (*MLLM_LEGS, *EDITOR_LEGS[system])}
     seen = []
     for leg in legs.values():
-        assert (RECIPES / f"{leg.recipe}.toml").is_file() and leg.run in (leg.recipe, f"{leg.system}-{leg.recipe}")
+        assert (RECIPES / f"{leg.recipe}.toml").is_file() and leg.run.removeprefix(f"{leg.system}-") in (leg.recipe, "fine")
         assert {leg.mllm, leg.dit} - {None} <= set(seen)
         assert leg.dit is None or legs[leg.dit].system == leg.system, "a DiT goes on as the same DiT"
         seen.append(leg.run)
-    assert [leg.run for leg in legs.values() if leg.recipe == TOGETHER] == [MLLM_RUN] == [MLLM_LEGS[-1].run]
-    assert {leg.mllm for leg in EDITOR_LEGS[system]} == {MLLM_RUN} and EDITOR_LEGS[system][-1].system == system
+    assert [leg.run for leg in legs.values() if leg.recipe == FINDING] == [MLLM_RUN] == [MLLM_LEGS[-1].run]
+    assert EDITOR_LEGS[system][-1].mllm == MLLM_RUN and EDITOR_LEGS[system][-1].system == system
 
 
 def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
     made = Chain("mini-q", tmp_path)
     legs = (*MLLM_LEGS, *EDITOR_LEGS["mini-q"])
     assert [made._leg(leg) for leg in legs] == [0] * len(legs) and ran == [leg.run for leg in legs]
-    for run, left in (("mini-s-edits", 5), (MLLM_RUN, 4), ("mini-q-details", 2)):
+    for run, left in (("mini-s-edits", 8), (MLLM_RUN, 4), ("mini-q-details", 2)):
         (tmp_path / "runs" / run / f"{run}_merged").mkdir(parents=True)
         ran.clear()
         assert [made._leg(leg) for leg in legs] == [0] * len(legs) and len(ran) == left, run

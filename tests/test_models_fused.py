@@ -399,8 +399,8 @@ def test_an_output_projection_of_any_kind_takes_both_halves(kernels, monkeypatch
         close(model(**values), found, 1e-7)
     assert seen.names["aten::cat"] == 1, "of text and pictures before the single blocks"
     assert seen.names["aten::copy_"] == (0 if kind == "plain" else 2), "one half, once per block"
-    joined = lambda layer, first, second: layer(  # noqa: E731
-        torch.cat([first, nn.functional.gelu(second, approximate="tanh")], dim=-1)
+    joined = lambda layer, first, mlp, x: layer(  # noqa: E731
+        torch.cat([first, nn.functional.gelu(mlp(x), approximate="tanh")], dim=-1)
     )
     monkeypatch.setattr("reasonedit.reasonedit_core.models.step1x_transformer.project_halves", joined)
     close(found, model(**values))
@@ -408,15 +408,15 @@ def test_an_output_projection_of_any_kind_takes_both_halves(kernels, monkeypatch
 
 @torch.no_grad()
 def test_two_products_make_one_projection(kernels):
-    layer, first, second = nn.Linear(20, 7), draw("first", 2, 5, 8), draw("second", 2, 5, 12)
-    inner = nn.functional.gelu(second, approximate="tanh")
+    layer, mlp, first, x = nn.Linear(20, 7), nn.Linear(6, 12), draw("first", 2, 5, 8), draw("second", 2, 5, 6)
+    inner = nn.functional.gelu(mlp(x), approximate="tanh")
     wanted, kept = layer(torch.cat([first, inner], dim=-1)), copy.deepcopy(layer.state_dict())
     assert splits(layer, first)
-    torch.testing.assert_close(project_halves(layer, first, second), wanted)
+    torch.testing.assert_close(project_halves(layer, first, mlp, x), wanted)
     layer.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(project_halves(layer, first, second), wanted)
+    torch.testing.assert_close(project_halves(layer, first, mlp, x), wanted)
     layer.bias = None
-    torch.testing.assert_close(project_halves(layer, first, second), wanted - kept["bias"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(project_halves(layer, first, mlp, x), wanted - kept["bias"], rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.weight, kept["weight"])
 
 

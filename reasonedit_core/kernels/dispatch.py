@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BackendUnavailable, ConfigError
 from ..packing import PackMask
-from . import batched, flex, interval, ops, reference, sdpa, varlen
+from . import batched, flex, interval, linear, ops, reference, sdpa, varlen
 from .mask import Intervals, Mask, as_tensor
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,9 @@ def explain(device: torch.device | str = "cpu") -> str:
         }
         lines.append("  sdpa may use: " + ", ".join([*(kind for kind, on in kinds.items() if on), "plain"]))
     lines += ops.explain(device)
+    if device.type == "cpu":
+        reason = linear.lacking()
+        lines.append("float32 products on cpu: " + ("oneDNN would run" if reason is None else f"torch's own; oneDNN: {reason}"))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""One Linear on two tensors side by side, without the copy that puts them there.
+"""The products around GELU in a DiT's blocks, with as few passes over what stands between them as a device allows.
 
 B batch, L tokens, C and M widths of the two tensors, W width of the answer.
 """
@@ -8,19 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import QuickLinear, linear_gelu
+
 KERNEL_DEVICES = ("cuda", "meta")
 """Where the weight is taken apart. On CPUs one product stays one product, so that streamed and resident weights agree in every
 bit; meta tensors stand for CUDA's."""
 
 
-def project_halves(layer: nn.Module, first: Tensor, second: Tensor) -> Tensor:
-    """layer([first, gelu(second)]) with GELU in its tanh form: first (B, L, C), second (B, L, M) -> (B, L, W).
+def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """diffusers' `FeedForward` on x (B, L, C) -> (B, L, C), its GELU computed with the product before it where that can be."""
+    first = layer.net[0]
+    if type(getattr(first, "proj", None)) is not QuickLinear or getattr(first, "approximate", None) != "tanh":
+        return layer(x)
+    inner = linear_gelu(first.proj, x)
+    for each in layer.net[1:]:
+        inner = each(inner)
+    return inner
+
+
+def project_halves(layer: nn.Module, first: Tensor, mlp: nn.Module, x: Tensor) -> Tensor:
+    """layer([first, gelu(mlp(x))]) with GELU in its tanh form: first (B, L, C), mlp(x) (B, L, M) -> (B, L, W).
 
     A plain Linear of one dtype with its inputs becomes two products that add into one result, each with its part of the
     weight. Other layers (quantised, streamed, with adapters or hooks) are called with one tensor, into which GELU writes
-    directly and `first` is copied. Where gradients are computed, and in float16, whose partial sums may overflow where the
-    whole does not, the layer is called as well.
+    directly and `first` is copied; a `QuickLinear` before them gives it GELU with its own product. Where gradients are
+    computed, and in float16, whose partial sums may overflow where the whole does not, the layer is called as well.
     """
+    if type(mlp) is QuickLinear:
+        return layer(torch.cat([first, linear_gelu(mlp, x)], dim=-1))
+    second = mlp(x)
     if splits(layer, first):
         inner = nn.functional.gelu(second, approximate="tanh")
         out = nn.functional.linear(first, layer.weight[:, : first.shape[-1]], layer.bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels import Mask
 from ..packing import Grid
 from .connector import Attend
+from .halves import feed_forward
 from .qwen_attention import joint_attention
 from .streams import Layout, Packed, Spans
 
@@ -62,10 +63,10 @@ def run_block(
     image_out, text_out = joint_attention(block.attn, image_in, text_in, rope, mask, attend, layout)
 
     image, inner = layout.image.gated_normed(block.img_norm2, image, gate, image_out, scale2, shift2)
-    image = layout.image.gated(image, gate2, block.img_mlp(inner), clamp=True)
+    image = layout.image.gated(image, gate2, feed_forward(block.img_mlp, inner), clamp=True)
 
     text, inner = layout.text.gated_normed(block.txt_norm2, text, text_gate, text_out, text_scale2, text_shift2)
-    return image, layout.text.gated(text, text_gate2, block.txt_mlp(inner), clamp=True)
+    return image, layout.text.gated(text, text_gate2, feed_forward(block.txt_mlp, inner), clamp=True)
 
 
 def pack_rope(

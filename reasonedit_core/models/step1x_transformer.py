@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..kernels import Heads, Mask, attend_with, has_kernel
 from ..kernels.dispatch import Run
 from .connector import Attend, ConnectorState, Step1XConnector
-from .halves import project_halves
+from .halves import feed_forward, project_halves
 from .keyvalues import KeyValues, fused_heads
 from .streams import BATCH, SAMPLES, Layout, Packed, last_norm
 
@@ -150,11 +150,11 @@ class DoubleBlock(nn.Module):
         image_out, text_out = self.attn(image_in, text_in, rope, mask, attend, layout)
 
         image, inner = layout.image.gated_normed(self.norm2, image, gate, image_out, scale2, shift2)
-        image = layout.image.gated(image, gate2, self.ff(inner))
+        image = layout.image.gated(image, gate2, feed_forward(self.ff, inner))
 
         text, inner = layout.text.gated_normed(self.norm2_context, text, text_gate, text_out, text_scale2, text_shift2)
         # Here and in the single blocks the released code clamps in fp16: an overflow would become inf and then NaN.
-        return image, layout.text.gated(text, text_gate2, self.ff_context(inner), clamp=True)
+        return image, layout.text.gated(text, text_gate2, feed_forward(self.ff_context, inner), clamp=True)
 
 
 class SingleBlock(nn.Module):
@@ -172,7 +172,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = _modulation(self.norm, temb, 3)
         normed = layout.joint.normed(self.norm.norm, x, scale, shift)
         attended = self.attn(normed, rope, mask, attend)
-        change = project_halves(self.proj_out, attended, self.proj_mlp(normed))
+        change = project_halves(self.proj_out, attended, self.proj_mlp, normed)
         return layout.joint.gated(x, gate, change, clamp=True)
 
 
@@ -368,6 +368,9 @@ def rope_tables(ids: Tensor, axes_dims: tuple[int, ...]) -> Rope:
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate interleaved pairs of x (B, L, H, D) in fp32 -> x's dtype."""
     cos, sin = (table[..., ::2].unsqueeze(-2) for table in rope)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the same products and sums in one pass
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -43,6 +43,8 @@ class Samples:
         """norm(x) (1 + scale) + shift; norm has no weights of its own."""
         if has_kernel("gate_norm_modulate", x):
             return gate_norm_modulate(x, scale=scale, shift=shift, rows=self.rows, eps=norm.eps)[1]
+        if self._alike(x, scale):
+            return nn.functional.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], norm.eps)
         return self.modulate(norm(x), scale, shift)
 
     def gated_normed(
@@ -57,10 +59,17 @@ class Samples:
     def gated(self, x: Tensor, gate: Tensor, change: Tensor, *, clamp: bool = False) -> Tensor:
         """x + gate change; with clamp an fp16 overflow stays a number. One sample meets as many rows of gate as there are."""
         if not has_kernel("gate_norm_modulate", x):
+            if self._alike(x, gate):
+                return torch.addcmul(x, gate[:, None], change)
             return _clamped(x + self._per_token(gate) * change, clamp)
         if self.rows is None and len(gate) > len(x):
             x, change = (z.expand(len(gate), -1, -1) for z in (x, change))
         return gate_norm_modulate(x, change, gate, rows=self.rows, clamp=clamp)[0]
+
+    def _alike(self, x: Tensor, table: Tensor) -> bool:
+        """Whether one row serves all tokens of float32, where it is one pass with one rounding less. In low precisions the
+        roundings between are part of the released numerics; gradients are left as they were."""
+        return len(table) == 1 and self.rows is None and x.dtype == table.dtype == torch.float32 and not torch.is_grad_enabled()
 
     def _per_token(self, table: Tensor) -> Tensor:
         """(R, C) as it meets tokens (B, L, C)."""

@@ -6,7 +6,7 @@
     pairs      Thinking Pairs, each an editing pair too
     triples    Reflection Triples, success : reflection : failed = 3 : 1 : 1
     drawings   pictures from captions
-    looks      where things are, and which one an instruction means: short questions about pictures, for the base MLLM
+    looks      where things are, which one an instruction means and what it says: short questions, for the base MLLM
     suppositions  hypothetical instructions of Reason50K's four categories in turn, in English, for mini-brain
 
 All are drawn from the training split of the world. Their own validation part (`split = held_out` in the record) is of that
@@ -217,7 +217,7 @@ def _looks(number: int, draw: Draw) -> Entry | None:
     language, dice = draw.language, draw.dice
     if number % 2:
         shown = clear_item(draw, language).source
-        turns = read_meant(shown, language, dice)
+        turns = (read_meant if number % 4 == 1 else read_instructions)(shown, language, dice)
     else:
         shown = scene(draw.seed, "train", least=2)
         turns = read_places(shown, language, dice)

@@ -8,6 +8,8 @@
     DIR/runs/words, scenes    the base MLLM, from random weights, in two runs
     DIR/runs/mini-s-base, mini-s-edits      the base editor of mini-s, on it
     DIR/runs/mini-s-together  both together: what the editor needs to know comes to stand in the MLLM's last states
+    DIR/runs/mini-s-details   the editor goes on alone
+    DIR/runs/looking, mini-s-finding        the MLLM on questions about places, then both together once more
     DIR/runs/reasoning, thinking            the paper's first stage, on that MLLM, in two runs; it is the same in both
                               miniatures, so it is trained once
     DIR/runs/NAME-...         the base editor to its end (`EDITOR`)
@@ -42,7 +44,9 @@ log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 
-BOOKS: Mapping[str, int] = {"words": 60_000, "edits": 30_000, "pairs": 30_000, "triples": 12_000, "drawings": 2_000}
+BOOKS: Mapping[str, int] = {
+    "words": 60_000, "edits": 30_000, "looks": 120_000, "pairs": 30_000, "triples": 12_000, "drawings": 2_000,
+}  # fmt: skip
 """Records of each book, beside those of its validation part."""
 
 HELD_OUT = 300
@@ -51,10 +55,10 @@ SEED = 0
 MLLM_SYSTEM = "mini-s"
 """Whose blank checkpoint the MLLM is trained in, and whose editor it is trained with; it is the same in both."""
 
-TOGETHER = "together"
-"""The recipe in which base MLLM and base editor are trained together."""
+TOGETHER, FINDING = "together", "finding"
+"""The recipes in which base MLLM and base editor are trained together."""
 
-MLLM_RUN = f"{MLLM_SYSTEM}-{TOGETHER}"
+MLLM_RUN = f"{MLLM_SYSTEM}-{FINDING}"
 """The run that leaves the base MLLM."""
 
 REASONING, THINKING = "reasoning", "thinking"
@@ -85,21 +89,26 @@ class Leg:
     sets: tuple[str, ...] = ()
 
 
-_TEACHERS = ("mini-s-base", "mini-s-edits")
+_TEACHERS = ("mini-s-base", "mini-s-edits", "mini-s-details")
+_TAUGHT = f"{MLLM_SYSTEM}-{TOGETHER}"
 MLLM_LEGS = (
     Leg("words", "words", MLLM_SYSTEM),
     Leg("scenes", "scenes", MLLM_SYSTEM, mllm="words"),
     Leg("base", _TEACHERS[0], MLLM_SYSTEM, mllm="scenes"),
     Leg("edits", _TEACHERS[1], MLLM_SYSTEM, mllm="scenes", dit=_TEACHERS[0]),
-    Leg(TOGETHER, MLLM_RUN, MLLM_SYSTEM, mllm="scenes", dit=_TEACHERS[1]),
+    Leg(TOGETHER, _TAUGHT, MLLM_SYSTEM, mllm="scenes", dit=_TEACHERS[1]),
+    Leg("details", _TEACHERS[2], MLLM_SYSTEM, mllm=_TAUGHT, dit=_TAUGHT),
+    Leg("looking", "looking", MLLM_SYSTEM, mllm=_TAUGHT),
+    Leg(FINDING, MLLM_RUN, MLLM_SYSTEM, mllm="looking", dit=_TEACHERS[2]),
 )
-"""To the base MLLM. Its own book leaves it with states that say what comes next; an editor teaches it to keep what was said."""
+"""To the base MLLM. Its own book leaves it with states that say what comes next; an editor teaches it to keep what was said,
+questions about places to find what is spoken of."""
 
 EDITOR_LEGS: Mapping[str, Sequence[Leg]] = {
-    "mini-s": (Leg("details", "mini-s-details", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
+    "mini-s": (Leg("details", "mini-s-fine", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
     "mini-q": (
         # At the shift of `details` from the start: it was found when mini-s had gone half of its way.
-        Leg("base", "mini-q-base", "mini-q", MLLM_RUN, sets=("stage.base.timesteps.shift=6.0",)),
+        Leg("base", "mini-q-base", "mini-q", _TAUGHT, sets=("stage.base.timesteps.shift=6.0",)),
         Leg("edits", "mini-q-edits", "mini-q", MLLM_RUN, dit="mini-q-base", sets=("stage.edits.timesteps.shift=6.0",)),
         Leg("details", "mini-q-details", "mini-q", MLLM_RUN, dit="mini-q-edits"),
     ),
@@ -210,7 +219,7 @@ class Chain:
     def _beginning(self, leg: Leg) -> Path:
         if leg.mllm is None:
             return self.out / "blank" / leg.system
-        with_vae = leg.run not in ("words", "scenes")
+        with_vae = leg.dit is not None or leg.recipe == "base"
         return self._checkpoint(f"before/{leg.run}", leg.system, mllm=leg.mllm, dit=leg.dit, vae=with_vae)
 
     def _first_stage(self, run: str) -> int:
