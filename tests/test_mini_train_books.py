@@ -66,6 +66,7 @@ def test_the_mixtures(shelf):
         "drawings": {"t2i": 60},
         "suppositions": {"hypothetical": 60},
         "looks": {"understand": 60},
+        "meanings": {"understand": 60},
     }
     clear = Counter(each.instruction.clarity for each in shelf["pairs"] if each.split == "train")
     assert clear == {"abstract": 40, "clear": 20}
@@ -169,6 +170,15 @@ def test_the_words_teach_no_reasoning_about_edits(shelf):
     assert any("plain words" in turn.question for turn in turns) and any("用平实的话说" in turn.question for turn in turns)
 
 
+def test_meanings_are_thoughts_in_short(tmp_path):
+    for number, record in enumerate(draw_records("meanings", tmp_path, range(40), 2)):
+        (turn,) = record["understand"]["turns"]
+        seed = (list(BOOKS).index("meanings") << 56) + (2 << 64) + (number << 5)
+        both = [item(seed, books._KNOWLEDGE[number % 3], "train", language) for language in ("en", "zh")]
+        asked = next(one for one in both if one.instruction in turn["question"])
+        assert turn["answer"] == asked.concrete and len(turn["question"]) - len(asked.instruction) < 30
+
+
 def test_captions_are_those_of_the_pictures(shelf):
     for record in shelf["words"]:
         answers = [turn.answer for turn in record.understand.turns]
@@ -215,7 +225,7 @@ def test_a_finished_book_is_not_made_again(tmp_path, caplog):
 
 
 def test_books_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*suppositions, looks, found 'novels'"):
+    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*meanings, found 'novels'"):
         write_book("novels", tmp_path, 4)
     for count, held_out, seed in ((0, 0, 0), (-1, 5, 0), (4, 2, -1)):
         with pytest.raises(ConfigError, match="expected"):
@@ -252,7 +262,7 @@ def test_every_document_can_be_made(shelf, tmp_path):
     assert not refused
     tasks = Counter(task for _, task in sources.values())
     assert tasks == {
-        "understand": 140, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
+        "understand": 210, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
     }  # fmt: skip
     assert max(each.text for each in made) < 1000 and max(each.image for each in made) < 200
 

@@ -7,6 +7,7 @@
     triples    Reflection Triples, success : reflection : failed = 3 : 1 : 1
     drawings   pictures from captions
     looks      where things are, which one an instruction means and what it says: short questions, for the base MLLM
+    meanings   what an abstract instruction means for a picture, asked in a short question: for stage 1, beside the pairs
     suppositions  hypothetical instructions of Reason50K's four categories in turn, in English, for mini-brain
 
 All are drawn from the training split of the world. Their own validation part (`split = held_out` in the record) is of that
@@ -32,7 +33,7 @@ from ...reasonedit_core.mini.items import CATEGORIES, ENGLISH_SHARE, Item, item,
 from ...reasonedit_core.mini.texts import caption
 from ...reasonedit_core.mini.world import SIZE
 from ..data.records import FILE_NAME
-from .readings import read_cells, read_instructions, read_meant, read_places, read_scene, read_text
+from .readings import read_cells, read_instructions, read_meaning, read_meant, read_places, read_scene, read_text
 from .writers import (
     Entry,
     PictureStore,
@@ -224,6 +225,11 @@ def _looks(number: int, draw: Draw) -> Entry | None:
     return understand_record(shown, draw.store, draw.name, turns) if turns else None
 
 
+def _meanings(number: int, draw: Draw) -> Entry | None:
+    one = item(draw.seed, _KNOWLEDGE[number % len(_KNOWLEDGE)], "train", draw.language)
+    return understand_record(one.source, draw.store, draw.name, [read_meaning(one, draw.dice)])
+
+
 def _suppositions(number: int, draw: Draw) -> Entry | None:
     one = item(draw.seed, CATEGORIES[number % len(CATEGORIES)], "train", "en")
     return hypothetical_record(one, draw.store, draw.name)
@@ -240,6 +246,7 @@ BOOKS: dict[str, Callable[[int, Draw], Entry | None]] = {
     "drawings": _drawings,
     "suppositions": _suppositions,
     "looks": _looks,
+    "meanings": _meanings,
 }
 """Book -> the record of a number, or None where what was drawn does not allow it."""
 

@@ -36,7 +36,7 @@ from ..optim import OptimSettings
 from ..timesteps import shifted
 from ..types import Losses, Models, ParamGroup
 from .brain_tokens import LANGUAGE
-from .readings import read_cells, read_instructions, read_scene
+from .readings import read_cells, read_instructions, read_meant, read_places, read_scene
 from .vae_scenes import as_tensor
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,9 @@ ANSWER, NOISE = "answer", "noise"
 IGNORED = -100
 _FREE = ("device", "save_every")
 _HARD = {"move": 4, "recolour": 4, "replace": 4, "add": 2, "remove": 2, "resize": 2, "state": 3, "background": 1, "label": 1}
+
+_READINGS = (read_cells, read_scene, read_instructions, read_places, read_places, read_meant)
+"""What is asked about a scene. To find a thing by what it looks like is learnt last, so it is asked more often."""
 
 
 class PartSettings(Table):
@@ -118,7 +121,7 @@ class Conversations:
         for number in range(self.settings.batch):
             dice = Dice("brain part words", self.settings.seed, epoch, cursor, number)
             shown = scene(dice.below(1 << 62), "train")
-            read = dice.pick((read_cells, read_scene, read_instructions))
+            read = dice.pick(_READINGS)
             turns = read(shown, LANGUAGE, dice) or read_scene(shown, LANGUAGE, dice)
             rows.append(self.row(turns))
             pictures.append(as_tensor(shown))

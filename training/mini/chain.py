@@ -45,8 +45,14 @@ log = logging.getLogger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
 
 BOOKS: Mapping[str, int] = {
-    "words": 60_000, "edits": 30_000, "looks": 120_000, "pairs": 30_000, "triples": 12_000, "drawings": 2_000,
-}  # fmt: skip
+    "words": 60_000,
+    "looks": 120_000,
+    "edits": 30_000,
+    "pairs": 30_000,
+    "meanings": 90_000,
+    "triples": 12_000,
+    "drawings": 2_000,
+}
 """Records of each book, beside those of its validation part."""
 
 HELD_OUT = 300

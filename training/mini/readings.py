@@ -1,7 +1,8 @@
 """What a pretrained MLLM is taken to know of the drawn world: to look at a scene, and to read a clear instruction.
 
 Conversations as lists of (question, answer). None of them asks what something abstract would mean, what a finished picture
-would show, or how good a picture is: what stage 1 has to teach is not taught here.
+would show, or how good a picture is: what stage 1 has to teach is not taught here. The one exception, `read_meaning`, is of
+stage 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from ...reasonedit_core.mini import words
 from ...reasonedit_core.mini.dice import Dice
 from ...reasonedit_core.mini.edits import EDIT_KINDS, Edit, apply, edit_kind
-from ...reasonedit_core.mini.items import draw_edit
+from ...reasonedit_core.mini.items import Item, draw_edit
 from ...reasonedit_core.mini.kinds import CELLS, MOST_OBJECTS
 from ...reasonedit_core.mini.splits import split_of_scene
 from ...reasonedit_core.mini.texts import caption, questions
@@ -44,6 +45,10 @@ _KINDS = {
         "move": "换位置。", "resize": "换大小。", "state": "换状态。", "background": "换背景。", "label": "换文字。",
     },
 }  # fmt: skip
+_MEANING = {
+    "en": ('What does "{said}" ask for here?', "{said} What is to be done?"),
+    "zh": ("“{said}”在这里要求做什么？", "{said}要怎么做？"),
+}
 _ALL = {
     "en": ("Describe the picture.", "What do you see?", "What is there in the picture?"),
     "zh": ("请描述这幅画。", "你看到了什么？", "画面里有什么？"),
@@ -121,6 +126,12 @@ def read_meant(scene: Scene, language: str, dice: Dice, number: int = 3) -> Turn
             said = describe(edit, scene, language, draw_wording(edit, scene, language, "train", dice), dice)
             turns.append((dice.pick(_MEANT[language]).format(said=said), _object_at(one, language)))
     return list(dict(turns).items())
+
+
+def read_meaning(item: Item, dice: Dice) -> tuple[str, str]:
+    """What an abstract instruction means, in the words of a thought. In the thinker's own prompt of 480 tokens a thought has
+    13: the rules of the world are learnt from six times as many of these, and where to say them from that prompt."""
+    return dice.pick(_MEANING[item.language]).format(said=item.instruction), item.concrete
 
 
 def _some_edits(scene: Scene, dice: Dice, number: int) -> Sequence[Edit]:
