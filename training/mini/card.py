@@ -26,7 +26,9 @@ _RUNS = {
     "base": "base editor",
     "edits": "base editor, second run",
     "together": "base MLLM and base editor together",
-    "details": "base editor, last run",
+    "details": "base editor, third run",
+    "looking": "base MLLM, questions about places",
+    "finding": "base MLLM and base editor together, last run",
 }
 _TABLES = ("loop", "stages", "reflection", "rounds", "reflector")
 
@@ -50,9 +52,10 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
     reasonedit-train mini --system {name} --out DIR
 
-Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml` and `scenes.toml`
-(base MLLM), `base.toml`, `edits.toml`, `together.toml` and `details.toml` (base editor, and the base MLLM with it),
-`reasoning.toml` and `thinking.toml` (the paper's first stage) and `{recipe}.toml` (the second and the third stage)."""
+Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml`, `scenes.toml` and
+`looking.toml` (base MLLM), `base.toml`, `edits.toml`, `together.toml`, `details.toml` and `finding.toml` (base editor, and
+the base MLLM with it), `reasoning.toml` and `thinking.toml` (the paper's first stage) and `{recipe}.toml` (the second and the
+third stage)."""
 
 _MEASURED = """## Measured
 

@@ -111,15 +111,15 @@ MLLM_LEGS = (
 questions about places to find what is spoken of."""
 
 EDITOR_LEGS: Mapping[str, Sequence[Leg]] = {
-    "mini-s": (Leg("details", "mini-s-fine", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
+    "mini-s": (),  # the base MLLM was trained with it
     "mini-q": (
         # At the shift of `details` from the start: it was found when mini-s had gone half of its way.
         Leg("base", "mini-q-base", "mini-q", _TAUGHT, sets=("stage.base.timesteps.shift=6.0",)),
         Leg("edits", "mini-q-edits", "mini-q", MLLM_RUN, dit="mini-q-base", sets=("stage.edits.timesteps.shift=6.0",)),
-        Leg("details", "mini-q-details", "mini-q", MLLM_RUN, dit="mini-q-edits"),
     ),
 }
-"""From there to each base editor."""
+"""From there to each base editor. Where its last run ends the MLLM goes on in the first stage, to other states, and the editor
+has to follow it in the second: what is still missing is learnt there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,11 @@ class Chain:
     def finished(self) -> Path:
         """The finished miniature."""
         return self.out / self.system
+
+    @property
+    def _editor(self) -> str:
+        """The run that leaves the base editor."""
+        return (EDITOR_LEGS[self.system] or MLLM_LEGS)[-1].run
 
     # links
 
@@ -287,7 +292,7 @@ class Chain:
 
     def _whole_checkpoint(self, name: str, *, mllm: str = MLLM_RUN) -> Path:
         """A checkpoint of this system with all three parts trained, the DiT that of the finished base editor."""
-        return self._checkpoint(name, self.system, mllm=mllm, dit=EDITOR_LEGS[self.system][-1].run, vae=True)
+        return self._checkpoint(name, self.system, mllm=mllm, dit=self._editor, vae=True)
 
     def _checkpoint(self, name: str, system: str, *, mllm: str, dit: str | None = None, vae: bool = False) -> Path:
         """OUT/name: the blank checkpoint of a system, with what the runs `mllm` and `dit` left in the place of those parts, and
