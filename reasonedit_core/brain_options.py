@@ -42,7 +42,7 @@ def check_brain_options(args: argparse.Namespace) -> None:
 
 def check_brain_spec(spec: Any, plain: Any) -> None:
     """ConfigError where a `load.SystemSpec` asks for what ReasonBrain has no use for. plain: one that asks for nothing."""
-    names = ("loras", "draft_loras", "weights_dtype", "variant", "attention", "batched_cfg", "parts")
+    names = ("loras", "draft_loras", "weights_dtype", "variant", "attention", "compiled", "batched_cfg", "parts")
     found = [name for name in names if getattr(spec, name) != getattr(plain, name)]
     if found:
         raise ConfigError(f"expected ReasonBrain without {', '.join(found)}, which it has no use for, found it. Leave it out.")

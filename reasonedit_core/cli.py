@@ -144,7 +144,7 @@ def run_edit(args: argparse.Namespace) -> int:
     tell: Callable[[str], None] = (lambda text: None) if args.quiet else say
     run = {"image": str(args.image), "references": [str(path) for path in args.reference], "system": args.system}
     run |= {"policy": args.policy, "scores": "lazy" if lazy else "always", "reasoner": args.reasoner}
-    run |= {"device": device.type, "dtype": dtype, "attention": args.attention}
+    run |= {"device": device.type, "dtype": dtype, "attention": args.attention, "compiled": args.compile}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
     spec = SystemSpec(
         system=args.system,
@@ -162,6 +162,7 @@ def run_edit(args: argparse.Namespace) -> int:
         variant=args.variant,
         seed=args.seed,
         attention=args.attention,
+        compiled=args.compile,
         brain=brain_settings(args),
     )
     with bars.loading() as on_progress:
@@ -366,6 +367,7 @@ def _add_edit(commands) -> None:
     add("--offload", choices=("none", "component", "block"), default="none", help="what waits in main memory until its turn")
     add("--weights-dtype", choices=("auto", "fp8"), default="auto", help="fp8: keep the DiT's weights in 8 bits")
     add("--attention", choices=ATTENTION, default="auto", help="what computes the DiT's attention (auto: the best that can)")
+    add("--compile", action="store_true", help="torch.compile for the DiT's blocks: a slow first edit, quicker ones after it")
     add("--variant", choices=VARIANTS, default="auto", help="of Step1X single files, whose keys do not tell v1.1 from v1.2")
 
 

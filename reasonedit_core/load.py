@@ -16,6 +16,7 @@ import torch
 
 from .brain_options import SYSTEM as BRAIN
 from .brain_options import check_brain_spec
+from .compiling import compile_blocks, refuse_moved
 from .detect import QWEN, STEP1X
 from .drafter import Drafter
 from .errors import BackendUnavailable, ConfigError
@@ -61,8 +62,9 @@ class SystemSpec:
     schedule of Lightning LoRAs. variant: of Step1X single files, which their keys do not tell. models_dir: ComfyUI's models
     folder, where it runs inside ComfyUI. batched_cfg: both guidance passes as one forward. make_mover: in place of `offload`;
     weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`. attention: "auto", or the backend of every attention of
-    the DiT, one of `kernels.chosen.names()`. brain: of ReasonBrain, in place of what its `reasonbrain.json` states (fields of
-    `brain.layout.BrainSettings`: segmenter, extractor, switches, image_guidance).
+    the DiT, one of `kernels.chosen.names()`. compiled: the DiT's blocks by torch.compile. brain: of ReasonBrain, in place of
+    what its `reasonbrain.json` states (fields of `brain.layout.BrainSettings`: segmenter, extractor, switches,
+    image_guidance).
     """
 
     system: str
@@ -85,6 +87,7 @@ class SystemSpec:
     reasoner_loras: Loras = ()
     draft_loras: Loras = ()
     attention: str = "auto"
+    compiled: bool = False
     brain: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -136,6 +139,7 @@ def load_system(spec: SystemSpec, *, on_progress: OnProgress | None = None) -> S
     if spec.dtype not in ("auto", *DTYPES):
         raise ConfigError(f"expected a dtype out of auto, {', '.join(DTYPES)}, found {spec.dtype!r}.")
     dtype, device, _ = _placement(spec)
+    refuse_moved(spec.compiled, spec.offload, spec.make_mover is not None)
     _check_attention(spec, device, dtype)  # before minutes of loading, not in the middle of an edit
     return SYSTEMS[spec.system](spec, _Progress(on_progress))
 
@@ -235,6 +239,8 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     choice = _find_pack(spec, parts.root, variant, settings)
     prompt = choice.pack.conditioning_for(variant)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
+    if spec.compiled:
+        compile_blocks(transformer)
     conditioner = Step1XConditioner(
         mllm,
         prefix=prompt.prefix,
@@ -287,6 +293,8 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     settings = read_settings(parts.root, "qwen-edit-plus" if plus else "qwen-edit", mllm.bounds)
     choice = _find_pack(spec, parts.root, None, settings)
     mover = _mover(spec, device, mllm=mllm.model, dit=transformer, vae=vae)
+    if spec.compiled:
+        compile_blocks(transformer)
     conditioner = QwenImageConditioner(
         mllm,
         plus=plus,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reasonedit.reasonedit_core import flow
+from reasonedit.reasonedit_core import compiling, flow
 from reasonedit.reasonedit_core.errors import CheckpointError, ConfigError
 from reasonedit.reasonedit_core.load import SystemSpec, load_system
 from reasonedit.reasonedit_core.types import EditRequest
@@ -34,6 +34,34 @@ def test_batched_guidance_makes_the_same_picture_with_half_the_forwards(name):
     both = load_system(spec(system, checkpoint, batched_cfg=True))
     assert (edit(one) - edit(both)).abs().max() <= 2 / 255
     assert (one.counts.denoiser_forwards, both.counts.denoiser_forwards) == (4, 2)
+
+
+@pytest.mark.parametrize("name", ["reasonedit-s:step1x-v1p2", "reasonedit-q:qwen-edit-plus"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_make_the_same_picture(monkeypatch, name, backend):
+    """With guidance: two lengths of text. Inductor needs a C++ compiler and a minute."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    system, checkpoint = name.split(":")
+    plain, seen = edit(load_system(spec(system, checkpoint))), []
+
+    def compile_blocks(network):
+        compiling.compile_blocks(network, backend=backend)
+        seen.extend(module for module in network.modules() if module._compiled_call_impl is not None)
+
+    monkeypatch.setattr("reasonedit.reasonedit_core.load.compile_blocks", compile_blocks)
+    compiled = load_system(spec(system, checkpoint, compiled=True))
+    assert (edit(compiled) - plain).abs().max() <= 2 / 255
+    assert {type(block).__name__ for block in seen} == (
+        {"DoubleBlock", "SingleBlock"} if system == "reasonedit-s" else {"QwenImageTransformerBlock"}
+    )
+
+
+def test_what_moves_weights_does_not_go_with_compiling():
+    with pytest.raises(ConfigError, match="--compile: expected weights that stay on the device, found --offload block"):
+        load_system(spec("reasonedit-s", "step1x-v1p2", compiled=True, offload="block"))
+    with pytest.raises(ConfigError, match="found a host that moves them"):
+        load_system(spec("reasonedit-s", "step1x-v1p2", compiled=True, make_mover=lambda *_: None))
 
 
 def test_lightning_is_a_setting_of_the_checkpoint_folder(tmp_path):
