@@ -28,7 +28,7 @@ ORDER = (
     {"errors"},
     {"regions"},
     {"types"},
-    {"counting", "drafts", "frames", "interfaces", "files", "packing", "tracefile"},
+    {"compiling", "counting", "drafts", "frames", "interfaces", "files", "packing", "tracefile"},
     {"dialogue", "kernels", "flow", "images", "latents", "offload", "settings", "sheet", "sizes", "weightfiles"},
     {"detect", "fp8", "keymaps"},
     {"lora_keys", "mini", "parts"},
