@@ -67,6 +67,7 @@ def test_the_mixtures(shelf):
         "suppositions": {"hypothetical": 60},
         "looks": {"understand": 60},
         "meanings": {"understand": 60},
+        "copies": {"understand": 60},
     }
     clear = Counter(each.instruction.clarity for each in shelf["pairs"] if each.split == "train")
     assert clear == {"abstract": 40, "clear": 20}
@@ -179,6 +180,16 @@ def test_meanings_are_thoughts_in_short(tmp_path):
         assert turn["answer"] == asked.concrete and len(turn["question"]) - len(asked.instruction) < 30
 
 
+def test_copies_are_copies(shelf):
+    asked = Counter()
+    for record in shelf["copies"]:
+        turns = record.understand.turns
+        for turn in turns:
+            assert turn.answer in turn.question
+        asked[len(turns)] += 1
+    assert min(asked[1], asked[2]) > 15
+
+
 def test_captions_are_those_of_the_pictures(shelf):
     for record in shelf["words"]:
         answers = [turn.answer for turn in record.understand.turns]
@@ -225,7 +236,7 @@ def test_a_finished_book_is_not_made_again(tmp_path, caplog):
 
 
 def test_books_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*meanings, found 'novels'"):
+    with pytest.raises(ConfigError, match="expected a book out of words, edits, .*copies, found 'novels'"):
         write_book("novels", tmp_path, 4)
     for count, held_out, seed in ((0, 0, 0), (-1, 5, 0), (4, 2, -1)):
         with pytest.raises(ConfigError, match="expected"):
@@ -262,7 +273,7 @@ def test_every_document_can_be_made(shelf, tmp_path):
     assert not refused
     tasks = Counter(task for _, task in sources.values())
     assert tasks == {
-        "understand": 210, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
+        "understand": 280, "think": 70, "describe": 70, "score": 70, "reflect": 70, "t2i": 78, "edit": 272, "refine": 14,
     }  # fmt: skip
     assert max(each.text for each in made) < 1000 and max(each.image for each in made) < 200
 

@@ -14,11 +14,10 @@ from reasonedit.training.mini.chain import (
     BETWEEN,
     EDITOR_LEGS,
     FINDING,
+    FIRST_STAGE,
     MLLM_LEGS,
     MLLM_RUN,
-    REASONING,
     RECIPES,
-    THINKING,
     Chain,
 )
 from reasonedit.training.mini.finish import write_finished
@@ -30,17 +29,17 @@ def test_recipes_are_sound(recipe, tmp_path):
     config = make_config(read_recipe(RECIPES / f"{recipe}.toml"), recipe, [f"run.out={tmp_path}"])
     plans = plan_stages(config)
     assert config.place(config.model.weights).resolve().is_relative_to(tmp_path.parent.parent.resolve())
-    if recipe in (REASONING, THINKING):
+    if recipe in FIRST_STAGE:
         assert [(plan.stage.step, sorted(plan.stage.train)) for plan in plans] == [("reasoning", ["embeddings", "mllm_lora"])]
     if recipe.startswith("mini_"):
         assert [plan.stage.name for plan in plans] == ["editing", "unified"]
         assert list(BETWEEN) == [plan.stage.name for plan in plans[:-1]]
         assert [sorted(plan.stage.train) for plan in plans] == [["connector", "dit"], ["connector", "dit", "mllm_lora"]]
-        assert [config.place(Path(one)).resolve() for one in plans[0].stage.start] == [tmp_path.parent / THINKING]
+        assert [config.place(Path(one)).resolve() for one in plans[0].stage.start] == [tmp_path.parent / FIRST_STAGE[-1]]
 
 
 def test_the_lora_of_the_unified_stage_goes_on_with_that_of_the_first():
-    reasoning, *rest = (read_recipe(RECIPES / f"{name}.toml") for name in (REASONING, THINKING, "mini_s", "mini_q"))
+    reasoning, *rest = (read_recipe(RECIPES / f"{name}.toml") for name in (*FIRST_STAGE, "mini_s", "mini_q"))
     first = reasoning["stage"][0]["train"]["mllm_lora"]
     for recipe in rest:
         assert {**recipe["stage"][-1]["train"]["mllm_lora"], "lr": first["lr"]} == first
@@ -127,11 +126,11 @@ def test_runs_that_only_later_ones_needed_are_left_out(tmp_path, monkeypatch):
         ran.clear()
         assert [made._leg(leg) for leg in legs] == [0] * len(legs) and len(ran) == left, run
     assert ran == [MLLM_RUN, "mini-q-edits"]  # these two see for themselves that they have ended
-    for done, left in (((), [REASONING, THINKING]), ((THINKING,), [THINKING])):
+    for done, left in (((), [*FIRST_STAGE]), ((FIRST_STAGE[1],), [*FIRST_STAGE[1:]]), ((FIRST_STAGE[2],), [FIRST_STAGE[2]])):
         for run in done:
             (tmp_path / "runs" / run / f"{run}_merged").mkdir(parents=True)
         ran.clear()
-        assert [made._first_stage(run) for run in (REASONING, THINKING)] == [0, 0] and ran == left
+        assert [made._first_stage(run) for run in FIRST_STAGE] == [0, 0, 0] and ran == left
 
 
 def test_a_run_without_weights_is_no_part_of_a_checkpoint(tmp_path):

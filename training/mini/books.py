@@ -8,6 +8,7 @@
     drawings   pictures from captions
     looks      where things are, which one an instruction means and what it says: short questions, for the base MLLM
     meanings   what an abstract instruction means for a picture, asked in a short question: for stage 1, beside the pairs
+    copies     clear instructions said again word for word: what a thinker does with them
     suppositions  hypothetical instructions of Reason50K's four categories in turn, in English, for mini-brain
 
 All are drawn from the training split of the world. Their own validation part (`split = held_out` in the record) is of that
@@ -33,7 +34,7 @@ from ...reasonedit_core.mini.items import CATEGORIES, ENGLISH_SHARE, Item, item,
 from ...reasonedit_core.mini.texts import caption
 from ...reasonedit_core.mini.world import SIZE
 from ..data.records import FILE_NAME
-from .readings import read_cells, read_instructions, read_meaning, read_meant, read_places, read_scene, read_text
+from .readings import read_cells, read_copies, read_instructions, read_meaning, read_meant, read_places, read_scene, read_text
 from .writers import (
     Entry,
     PictureStore,
@@ -230,6 +231,11 @@ def _meanings(number: int, draw: Draw) -> Entry | None:
     return understand_record(one.source, draw.store, draw.name, [read_meaning(one, draw.dice)])
 
 
+def _copies(number: int, draw: Draw) -> Entry | None:
+    one = clear_item(draw, draw.language)
+    return understand_record(one.source, draw.store, draw.name, read_copies(one, draw.dice))
+
+
 def _suppositions(number: int, draw: Draw) -> Entry | None:
     one = item(draw.seed, CATEGORIES[number % len(CATEGORIES)], "train", "en")
     return hypothetical_record(one, draw.store, draw.name)
@@ -247,6 +253,7 @@ BOOKS: dict[str, Callable[[int, Draw], Entry | None]] = {
     "suppositions": _suppositions,
     "looks": _looks,
     "meanings": _meanings,
+    "copies": _copies,
 }
 """Book -> the record of a number, or None where what was drawn does not allow it."""
 

@@ -13,7 +13,7 @@ from ...reasonedit_core.mini.models import MINIS
 from ...reasonedit_core.weightfiles import read_shapes
 from ..log import LOG, read_log
 from .books import BOOK_FILE
-from .chain import EDITOR_LEGS, MLLM_LEGS, REASONING, THINKING
+from .chain import EDITOR_LEGS, FIRST_STAGE, MLLM_LEGS
 
 CARD = "README.md"
 TABLES = "tables"
@@ -54,8 +54,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml`, `scenes.toml` and
 `looking.toml` (base MLLM), `base.toml`, `edits.toml`, `together.toml`, `details.toml` and `finding.toml` (base editor, and
-the base MLLM with it), `reasoning.toml` and `thinking.toml` (the paper's first stage) and `{recipe}.toml` (the second and the
-third stage)."""
+the base MLLM with it), `reasoning.toml`, `thinking.toml` and `copying.toml` (the paper's first stage) and `{recipe}.toml` (the
+second and the third stage)."""
 
 _MEASURED = """## Measured
 
@@ -116,7 +116,7 @@ def _runs(out: Path, system: str) -> str:
     """Steps, time and machine of every stage, with the held-out loss before and after."""
     rows = [_row("VAE", out / "runs" / f"vae-{system}", _read_back(out / "vae" / system))]
     legs = {leg.run: leg for leg in (*MLLM_LEGS, *EDITOR_LEGS[system])}
-    for run in (*legs, REASONING, THINKING, system):
+    for run in (*legs, *FIRST_STAGE, system):
         others = legs[run].system if run in legs and legs[run].dit and legs[run].system != system else None
         for log in sorted((out / "runs" / run).glob(f"[1-9]-*/{LOG}")):
             name = log.parent.name.partition("-")[2]

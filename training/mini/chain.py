@@ -10,7 +10,7 @@
     DIR/runs/mini-s-together  both together: what the editor needs to know comes to stand in the MLLM's last states
     DIR/runs/mini-s-details   the editor goes on alone
     DIR/runs/looking, mini-s-finding        the MLLM on questions about places, then both together once more
-    DIR/runs/reasoning, thinking            the paper's first stage, on that MLLM, in two runs; it is the same in both
+    DIR/runs/reasoning, thinking, copying   the paper's first stage, on that MLLM, in three runs; it is the same in both
                               miniatures, so it is trained once
     DIR/runs/NAME-...         the base editor to its end (`EDITOR`)
     DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
@@ -50,6 +50,7 @@ BOOKS: Mapping[str, int] = {
     "edits": 30_000,
     "pairs": 30_000,
     "meanings": 90_000,
+    "copies": 60_000,
     "triples": 12_000,
     "drawings": 2_000,
 }
@@ -67,8 +68,11 @@ TOGETHER, FINDING = "together", "finding"
 MLLM_RUN = f"{MLLM_SYSTEM}-{FINDING}"
 """The run that leaves the base MLLM."""
 
-REASONING, THINKING = "reasoning", "thinking"
-"""The recipes, and the runs, of the first stage; the second goes on with the LoRA of the first."""
+FIRST_STAGE = ("reasoning", "thinking", "copying")
+"""The recipes, and the runs, of the first stage; each goes on with the LoRA of the one before it."""
+
+BEGUN, REASONER = FIRST_STAGE[0], FIRST_STAGE[-1]
+"""The first of them, and the one that leaves the reasoner."""
 
 REFLECTION = "reflection"
 """The recipe of the reflectors that table `reflection` compares."""
@@ -171,7 +175,7 @@ class Chain:
             "records": self._records,
             "vae": self._vae,
             **{leg.run: partial(self._leg, leg) for leg in MLLM_LEGS},
-            **{run: partial(self._first_stage, run) for run in (REASONING, THINKING)},
+            **{run: partial(self._first_stage, run) for run in FIRST_STAGE},
             **{leg.run: partial(self._leg, leg) for leg in EDITOR_LEGS[self.system]},
             "start": self._start,
             "stages": self._stages,
@@ -234,12 +238,12 @@ class Chain:
         return self._checkpoint(f"before/{leg.run}", leg.system, mllm=leg.mllm, dit=leg.dit, vae=with_vae)
 
     def _first_stage(self, run: str) -> int:
-        if run == REASONING and self._has_run(THINKING):
+        if any(self._has_run(later) for later in FIRST_STAGE[FIRST_STAGE.index(run) + 1 :]):
             return 0
         return self._recipe_run(run, run, self._mllm)
 
     def _mllm(self) -> Path:
-        return self._checkpoint(f"before/{REASONING}", MLLM_SYSTEM, mllm=MLLM_RUN)
+        return self._checkpoint(f"before/{BEGUN}", MLLM_SYSTEM, mllm=MLLM_RUN)
 
     def _start(self) -> int:
         self._whole_checkpoint(f"start/{self.system}")
@@ -265,7 +269,7 @@ class Chain:
 
         compare = f"compare/{self.system}"
         self._whole_checkpoint(f"{compare}/stages/{BASE}")
-        self._whole_checkpoint(f"{compare}/stages/reason", mllm=THINKING)
+        self._whole_checkpoint(f"{compare}/stages/reason", mllm=REASONER)
         config = read_snapshot(self.run)
         for plan in plan_stages(config):
             place = self.out / compare / "stages" / BETWEEN.get(plan.stage.name, "")

@@ -1,8 +1,8 @@
 """What a pretrained MLLM is taken to know of the drawn world: to look at a scene, and to read a clear instruction.
 
 Conversations as lists of (question, answer). None of them asks what something abstract would mean, what a finished picture
-would show, or how good a picture is: what stage 1 has to teach is not taught here. The one exception, `read_meaning`, is of
-stage 1.
+would show, or how good a picture is: what stage 1 has to teach is not taught here. The exceptions, `read_meaning` and
+`read_copies`, are of stage 1.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ _KINDS = {
 _MEANING = {
     "en": ('What does "{said}" ask for here?', "{said} What is to be done?"),
     "zh": ("“{said}”在这里要求做什么？", "{said}要怎么做？"),
+}
+_COPY = {
+    "en": ('Say this again word for word: "{said}"', "Copy: {said}", '"{said}" Repeat that.'),
+    "zh": ("一字不差地重复：“{said}”", "照抄：{said}", "“{said}”请重复一遍。"),
 }
 _ALL = {
     "en": ("Describe the picture.", "What do you see?", "What is there in the picture?"),
@@ -132,6 +136,13 @@ def read_meaning(item: Item, dice: Dice) -> tuple[str, str]:
     """What an abstract instruction means, in the words of a thought. In the thinker's own prompt of 480 tokens a thought has
     13: the rules of the world are learnt from six times as many of these, and where to say them from that prompt."""
     return dice.pick(_MEANING[item.language]).format(said=item.instruction), item.concrete
+
+
+def read_copies(item: Item, dice: Dice) -> Turns:
+    """A clear instruction said again, and asked for its meaning, which it says itself. What was pretrained can copy; this MLLM
+    wrote other things of the same kind (0 of 40 right), until the copying was asked of it in few words."""
+    copied = dice.pick(_COPY[item.language]).format(said=item.instruction), item.instruction
+    return [copied, read_meaning(item, dice)] if dice.chance(0.5) else [read_meaning(item, dice)]
 
 
 def _some_edits(scene: Scene, dice: Dice, number: int) -> Sequence[Edit]:
