@@ -12,6 +12,7 @@ from reasonedit.training.mini import chain, finish
 from reasonedit.training.mini.card import write_card
 from reasonedit.training.mini.chain import (
     BETWEEN,
+    BOOKS,
     EDITOR_LEGS,
     FINDING,
     FIRST_STAGE,
@@ -174,7 +175,7 @@ def test_from_nothing_to_a_miniature_that_edits(tmp_path, monkeypatch):
     made = Chain("mini-q", tmp_path, share=0.0004, threads=1, quiet=True)
     assert made.make("records") == 0 and not (tmp_path / "vae").exists()
     books = {path.parent.name: json.loads(path.read_text())["count"] for path in tmp_path.glob("records/*/book.json")}
-    assert books == {"words": 24, "edits": 12, "pairs": 12, "triples": 5, "drawings": 1}
+    assert books == {name: round(0.0004 * count) for name, count in BOOKS.items()}
     assert made.make() == 0
     assert sorted(path.relative_to(tmp_path / "compare/mini-q").as_posix() for path in tmp_path.glob("compare/mini-q/*/*")) == [
         *(f"reflection/{form}" for form in ("dual-image", "multi-round", "single-image")),
