@@ -8,6 +8,7 @@ pipelines: the posterior samples of the references, then the noise.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from . import latents as latent
 from .denoisers import join_conditionings
 from .denoisers.region import denoise
 from .denoisers.step_cache import PredictedSteps
-from .errors import ConfigError
+from .errors import ConfigError, ReasonEditError
 from .interfaces import Codec, Conditioner, Denoiser
 from .kernels import guided_step
 from .types import Conditioning, Counts, Edited, EditRequest, LatentImage, OnStep, ShouldStop
@@ -37,6 +38,11 @@ PATCH = 16
 """Pixels of one latent token of the released systems: 8 of the VAE times 2 of the packing."""
 
 _KEPT_MOMENTS = 4
+
+PLAIN = "reference"
+"""The attention that an edit goes over to when its first step is not finite: plain torch in float32."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +279,34 @@ class FlowGenerator:
         released: guidance and step round where the released pipelines round, and not once at their end.
         """
 
+        seen = False
+
         def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **part: Any) -> torch.Tensor:
-            return self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
+            nonlocal seen
+            velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
+            if seen or bool(torch.isfinite(velocity).all()):  # waits for the device once an edit
+                seen = True
+                return velocity
+            seen = True
+            self._leave_attention()
+            velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
+            if not bool(torch.isfinite(velocity).all()):
+                raise _not_finite(x.dtype)
+            return velocity
 
         joined = join_conditionings(cond, uncond) if self.batched_cfg and uncond is not None else None
         step = None if released else guided_step
         return flow.guided_velocity(predict, cond, uncond, scale=scale, combine=self.combine, joined=joined, step=step)
+
+    def _leave_attention(self) -> None:
+        """Go over to the plain attention in float32 for good, with a message; ReasonEditError where that is what ran."""
+        was = getattr(self.denoiser, "backend", PLAIN)
+        if was == PLAIN:
+            raise _not_finite(self.dtype)
+        log.warning(
+            "the first step came out as NaN or infinity with attention %s: going on with %s, which is slower", was, PLAIN
+        )
+        self.denoiser.backend = PLAIN  # type: ignore[attr-defined]
 
     def _finish(
         self, generated: torch.Tensor, request: EditRequest, picture: torch.Tensor, released: bool, source_size: bool
@@ -289,6 +317,14 @@ class FlowGenerator:
         else:
             target = request.image if source_size else generated
         return images.resize_bicubic_pil(generated, target.shape[-1], target.shape[-2])
+
+
+def _not_finite(dtype: torch.dtype | None) -> ReasonEditError:
+    how = "a black picture" if dtype is None else f"a black picture in {str(dtype).removeprefix('torch.')}"
+    return ReasonEditError(
+        f"the first step came out as NaN or infinity, which would be {how}, also with plain attention. Choose --dtype bfloat16 "
+        "or float32; where it stays, the weights are damaged or a LoRA does not belong to them."
+    )
 
 
 def _digest(picture: torch.Tensor, size: Size) -> bytes:

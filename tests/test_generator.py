@@ -324,3 +324,45 @@ def test_geometries_resize_as_their_release_did():
     assert Step1XGeometry(multiple=32).plan([(1920, 1080)], 1024).vae == ((1344, 768),)
     large = Step1XGeometry(patch=32).plan([(1920, 1080)], 1024)  # an autoencoder that halves four times
     assert (large.vae, large.grid) == (((1344, 768),), (24, 42))
+
+
+class _Broken:
+    """A denoiser whose velocities are NaN until the attention is plain; `never`: then too."""
+
+    kind = "velocity"
+
+    def __init__(self, inner, never=False):
+        self.inner, self.never, self.backend, self.calls = inner, never, "auto", 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        velocity = self.inner(*args, **options)
+        return velocity if self.backend == "reference" and not self.never else velocity * float("nan")
+
+
+@pytest.mark.parametrize("never", [False, True])
+def test_a_first_step_of_nan_goes_on_with_plain_attention_or_ends_with_a_sentence(caplog, never):
+    from reasonedit.reasonedit_core.errors import ReasonEditError
+    from reasonedit.reasonedit_core.load import SystemSpec, load_system
+    from reasonedit.tests.tiny import tiny_checkpoint
+
+    generator = load_system(
+        SystemSpec("reasonedit-s", tiny_checkpoint("step1x-v1p2", std=0.2), reasoner="none", dtype="float32", device="cpu")
+    ).generator
+    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(3))
+    request = EditRequest(image, "paint it", steps=2, guidance=4.0, size_level=64)
+
+    def edit():
+        return generator.edit(request, image, "paint it", torch.Generator().manual_seed(0)).image
+
+    wanted, generator.denoiser = edit(), _Broken(generator.denoiser, never)
+    if never:
+        with pytest.raises(ReasonEditError, match="first step came out as NaN or infinity.*also with plain attention"):
+            edit()
+        return
+    assert torch.equal(edit(), wanted) and generator.denoiser.calls == 5, "one forward was made again"
+    assert "going on with reference" in caplog.text
+    assert torch.equal(edit(), wanted) and generator.denoiser.calls == 9, "and no other later"
