@@ -12,7 +12,7 @@
     DIR/runs/looking, mini-s-finding        the MLLM on questions about places, then both together once more
     DIR/runs/reasoning, thinking, copying   the paper's first stage, on that MLLM, in three runs; it is the same in both
                               miniatures, so it is trained once
-    DIR/runs/NAME-...         the base editor to its end (`EDITOR`)
+    DIR/runs/NAME-...         the base editor to its end (`EDITOR_LEGS`)
     DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME

@@ -140,7 +140,7 @@ def read_meaning(item: Item, dice: Dice) -> tuple[str, str]:
 
 def read_copies(item: Item, dice: Dice) -> Turns:
     """A clear instruction said again, and asked for its meaning, which it says itself. What was pretrained can copy; this MLLM
-    wrote other things of the same kind (0 of 40 right), until the copying was asked of it in few words."""
+    writes other things of the same kind (0 of 40 thoughts about clear instructions were copies)."""
     copied = dice.pick(_COPY[item.language]).format(said=item.instruction), item.instruction
     return [copied, read_meaning(item, dice)] if dice.chance(0.5) else [read_meaning(item, dice)]
 
