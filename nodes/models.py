@@ -15,7 +15,7 @@ from .sockets import EditorHandle, Lora, ReasonerHandle, Script
 
 DTYPES = (AUTO, "bfloat16", "float16", "float32")
 WEIGHTS = (AUTO, "full", "fp8")
-ATTENTION = (AUTO, "interval", "sdpa", "reference")
+ATTENTION = (AUTO, "interval", "sdpa", "flash", "sage", "kitchen", "reference")
 VARIANTS = (AUTO, "v1.2", "v1.1", "v1.0")
 
 
@@ -276,8 +276,8 @@ class LoadEditor(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip="What computes the attention of the transformer. auto takes the best that can run; interval (our "
-                    "own kernels, CUDA), sdpa (PyTorch) and reference (slow) are taken as named. A change loads the model "
-                    "again.",
+                    "own kernels, CUDA), sdpa (PyTorch), flash (flash-attn), sage (SageAttention) and kitchen (comfy-kitchen) "
+                    "where installed, and reference (slow) are taken as named. A change loads the model again.",
                 ),
             ],
             outputs=[

@@ -27,7 +27,7 @@ POLICIES = ("reasonedit", "released")
 SCORES = ("lazy", "always")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VARIANTS = ("auto", "v1.0", "v1.1", "v1.2")
-ATTENTION = ("auto", "interval", "sdpa", "reference")
+ATTENTION = ("auto", "interval", "sdpa", "flash", "sage", "kitchen", "reference")
 MAX_SEED = 2**63 - 1
 
 
@@ -144,7 +144,8 @@ def run_edit(args: argparse.Namespace) -> int:
     tell: Callable[[str], None] = (lambda text: None) if args.quiet else say
     run = {"image": str(args.image), "references": [str(path) for path in args.reference], "system": args.system}
     run |= {"policy": args.policy, "scores": "lazy" if lazy else "always", "reasoner": args.reasoner}
-    run |= {"device": device.type, "dtype": dtype, "attention": args.attention, "compiled": args.compile}
+    run |= {"device": device.type, "dtype": dtype, "attention": args.attention}
+    run |= {"compiled": args.compile, "batched_cfg": args.batched_cfg}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
     spec = SystemSpec(
         system=args.system,
@@ -163,6 +164,7 @@ def run_edit(args: argparse.Namespace) -> int:
         seed=args.seed,
         attention=args.attention,
         compiled=args.compile,
+        batched_cfg=args.batched_cfg,
         brain=brain_settings(args),
     )
     with bars.loading() as on_progress:
@@ -368,6 +370,7 @@ def _add_edit(commands) -> None:
     add("--weights-dtype", choices=("auto", "fp8"), default="auto", help="fp8: keep the DiT's weights in 8 bits")
     add("--attention", choices=ATTENTION, default="auto", help="what computes the DiT's attention (auto: the best that can)")
     add("--compile", action="store_true", help="torch.compile for the DiT's blocks: a slow first edit, quicker ones after it")
+    add("--batched-cfg", action="store_true", help="both guidance passes of a step as one forward")
     add("--variant", choices=VARIANTS, default="auto", help="of Step1X single files, whose keys do not tell v1.1 from v1.2")
 
 

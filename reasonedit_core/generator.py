@@ -40,7 +40,10 @@ PATCH = 16
 _KEPT_MOMENTS = 4
 
 PLAIN = "reference"
-"""The attention that an edit goes over to when its first step is not finite: plain torch in float32."""
+"""The attention that an edit goes over to when its first step is not finite or empty: plain torch in float32."""
+
+NOT_FINITE, ONE_VALUE = "NaN or infinity", "one value everywhere"
+"""What can be wrong with a first step."""
 
 log = logging.getLogger(__name__)
 
@@ -284,13 +287,14 @@ class FlowGenerator:
         def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **part: Any) -> torch.Tensor:
             nonlocal seen
             velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
-            if seen or bool(torch.isfinite(velocity).all()):  # waits for the device once an edit
-                seen = True
+            if seen:
                 return velocity
             seen = True
-            self._leave_attention()
-            velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
-            if not bool(torch.isfinite(velocity).all()):
+            fault = _fault(velocity)  # waits for the device once an edit
+            if fault and self._leave_attention(fault):
+                velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
+                fault = _fault(velocity)
+            if fault == NOT_FINITE:
                 raise _not_finite(x.dtype)
             return velocity
 
@@ -298,15 +302,14 @@ class FlowGenerator:
         step = None if released else guided_step
         return flow.guided_velocity(predict, cond, uncond, scale=scale, combine=self.combine, joined=joined, step=step)
 
-    def _leave_attention(self) -> None:
-        """Go over to the plain attention in float32 for good, with a message; ReasonEditError where that is what ran."""
+    def _leave_attention(self, fault: str) -> bool:
+        """Go over to the plain attention in float32 for good, with a message; False where that is what ran."""
         was = getattr(self.denoiser, "backend", PLAIN)
         if was == PLAIN:
-            raise _not_finite(self.dtype)
-        log.warning(
-            "the first step came out as NaN or infinity with attention %s: going on with %s, which is slower", was, PLAIN
-        )
+            return False
+        log.warning("the first step came out as %s with attention %s: going on with %s, which is slower", fault, was, PLAIN)
         self.denoiser.backend = PLAIN  # type: ignore[attr-defined]
+        return True
 
     def _finish(
         self, generated: torch.Tensor, request: EditRequest, picture: torch.Tensor, released: bool, source_size: bool
@@ -317,6 +320,15 @@ class FlowGenerator:
         else:
             target = request.image if source_size else generated
         return images.resize_bicubic_pil(generated, target.shape[-1], target.shape[-2])
+
+
+def _fault(velocity: torch.Tensor) -> str | None:
+    """What is wrong with a first velocity, in words, or None. One value everywhere is what a kernel leaves that wrote nothing;
+    a network that was never trained may answer it too, so only the attention is changed for it."""
+    low, high = velocity.detach().aminmax()
+    if not bool(torch.isfinite(high - low)):
+        return NOT_FINITE
+    return ONE_VALUE if bool(low == high) and velocity.numel() > 1 else None
 
 
 def _not_finite(dtype: torch.dtype | None) -> ReasonEditError:

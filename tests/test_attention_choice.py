@@ -137,7 +137,7 @@ def test_a_backend_that_takes_masks_gets_them_whole(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
-        ("fast", ConfigError, "expected one of auto, interval, sdpa, reference, found 'fast'"),
+        ("fast", ConfigError, "expected one of auto, interval, sdpa, flash, sage, kitchen, reference, found 'fast'"),
         ("varlen", BackendUnavailable, r"found 'varlen', which cannot: it takes the mask of a pack \(PackMask\) only. Choose"),
         ("batched", BackendUnavailable, "'batched', which cannot: it takes the mask of a pack"),
         ("interval", BackendUnavailable, "on cpu, found 'interval', which cannot: it takes float16 or bfloat16"),

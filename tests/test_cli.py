@@ -78,8 +78,8 @@ def edit(weights: dict[str, Path], *more: str, system: str = "reasonedit-s", ima
     return main([*base, *more])
 
 
-def trace() -> dict:
-    return json.loads(Path("out/trace.json").read_text(encoding="utf-8"))
+def trace(folder: str = "out") -> dict:
+    return json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))
 
 
 def pixels(path: str) -> np.ndarray:
@@ -167,6 +167,17 @@ def test_auto_dtype(monkeypatch):
     for capability, dtype in (((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
         assert load.choose_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_both_guidance_passes_as_one_forward_make_the_same_picture(here, weights):
+    how = ("--reasoner", "none", "--no-think", "--no-reflect", "--seed", "7")
+    assert edit(weights, *how) == 0
+    apart, told = pixels("out/result.png"), trace()
+    assert edit(weights, *how, "--batched-cfg", "--out", "joined") == 0
+    joined = trace("joined")
+    assert (told["request"]["batched_cfg"], joined["request"]["batched_cfg"]) == (False, True)
+    assert told["counts"]["denoiser_forwards"] == 2 * joined["counts"]["denoiser_forwards"]
+    assert abs(apart.astype(int) - pixels("joined/result.png")).max() <= 1
 
 
 def test_a_scripted_run_writes_what_the_contract_says(here, weights, capsys):

@@ -327,12 +327,12 @@ def test_geometries_resize_as_their_release_did():
 
 
 class _Broken:
-    """A denoiser whose velocities are NaN until the attention is plain; `never`: then too."""
+    """A denoiser whose velocities are all `value` until the attention is plain; `never`: then too."""
 
     kind = "velocity"
 
-    def __init__(self, inner, never=False):
-        self.inner, self.never, self.backend, self.calls = inner, never, "auto", 0
+    def __init__(self, inner, value, never):
+        self.inner, self.value, self.never, self.backend, self.calls = inner, value, never, "auto", 0
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -340,11 +340,14 @@ class _Broken:
     def __call__(self, *args, **options):
         self.calls += 1
         velocity = self.inner(*args, **options)
-        return velocity if self.backend == "reference" and not self.never else velocity * float("nan")
+        return velocity if self.backend == "reference" and not self.never else torch.full_like(velocity, self.value)
 
 
 @pytest.mark.parametrize("never", [False, True])
-def test_a_first_step_of_nan_goes_on_with_plain_attention_or_ends_with_a_sentence(caplog, never):
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("nan"), "NaN or infinity"), (float("inf"), "NaN or infinity"), (0.0, "one value everywhere")]
+)
+def test_a_first_step_of_nothing_goes_on_with_plain_attention_or_ends_with_a_sentence(caplog, value, words, never):
     from reasonedit.reasonedit_core.errors import ReasonEditError
     from reasonedit.reasonedit_core.load import SystemSpec, load_system
     from reasonedit.tests.tiny import tiny_checkpoint
@@ -358,11 +361,14 @@ def test_a_first_step_of_nan_goes_on_with_plain_attention_or_ends_with_a_sentenc
     def edit():
         return generator.edit(request, image, "paint it", torch.Generator().manual_seed(0)).image
 
-    wanted, generator.denoiser = edit(), _Broken(generator.denoiser, never)
+    wanted, generator.denoiser = edit(), _Broken(generator.denoiser, value, never)
+    if never and value == 0:
+        assert edit().isfinite().all(), "an untrained network may say so"
+        return
     if never:
         with pytest.raises(ReasonEditError, match="first step came out as NaN or infinity.*also with plain attention"):
             edit()
         return
     assert torch.equal(edit(), wanted) and generator.denoiser.calls == 5, "one forward was made again"
-    assert "going on with reference" in caplog.text
+    assert f"came out as {words} with attention auto: going on with reference" in caplog.text
     assert torch.equal(edit(), wanted) and generator.denoiser.calls == 9, "and no other later"

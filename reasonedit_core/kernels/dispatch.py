@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BackendUnavailable, ConfigError
 from ..packing import PackMask
-from . import batched, flex, interval, linear, ops, reference, sdpa, varlen
+from . import batched, flex, interval, linear, ops, packages, reference, sdpa, varlen
 from .mask import Intervals, Mask, as_tensor
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("flex", flex.available, flex.supports, flex.run, "torch FlexAttention, for packs", packs_only=True),
     Backend("batched", batched.available, batched.supports, batched.run, "SDPA by document, for packs", packs_only=True),
     Backend("sdpa", sdpa.available, sdpa.supports, sdpa.run, "torch scaled_dot_product_attention"),
+    *(
+        Backend(name, **packages.bound(name), about=f"{package.title}, when asked for by name")
+        for name, package in packages.PACKAGES.items()
+    ),
     Backend("reference", reference.available, reference.supports, reference.run, "plain torch in fp32, slow"),
 )
 """In order of preference."""

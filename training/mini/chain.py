@@ -12,7 +12,7 @@
     DIR/runs/looking, mini-s-finding        the MLLM on questions about places, then both together once more
     DIR/runs/reasoning, thinking, copying   the paper's first stage, on that MLLM, in three runs; it is the same in both
                               miniatures, so it is trained once
-    DIR/runs/NAME-...         the base editor to its end (`EDITOR_LEGS`)
+    DIR/runs/NAME-...         the base editor to its end, on the finished base MLLM (`EDITOR_LEGS`)
     DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
     DIR/NAME                  the finished miniature; its card holds the tables of DIR/tables/NAME
@@ -115,7 +115,7 @@ MLLM_LEGS = (
 questions about places to find what is spoken of."""
 
 EDITOR_LEGS: Mapping[str, Sequence[Leg]] = {
-    "mini-s": (),  # the base MLLM was trained with it
+    "mini-s": (Leg("details", "mini-s-further", "mini-s", MLLM_RUN, dit=MLLM_RUN),),
     "mini-q": (
         # At the shift of `details` from the start: it was found when mini-s had gone half of its way.
         Leg("base", "mini-q-base", "mini-q", _TAUGHT, sets=("stage.base.timesteps.shift=6.0",)),
