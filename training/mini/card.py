@@ -54,8 +54,8 @@ From random weights, on scenes, instructions and verdicts that are drawn and com
 
 Starting the command again goes on where it was. The recipes, in `training/mini/recipes`, are `words.toml`, `scenes.toml` and
 `looking.toml` (base MLLM), `base.toml`, `edits.toml`, `together.toml`, `details.toml` and `finding.toml` (base editor, and
-the base MLLM with it), `reasoning.toml`, `thinking.toml` and `copying.toml` (the paper's first stage) and `{recipe}.toml` (the
-second and the third stage)."""
+the base MLLM with it), `reasoning.toml`, `thinking.toml`, `copying.toml` and `judging.toml` (the paper's first stage) and
+`{recipe}.toml` (the second and the third stage)."""
 
 _MEASURED = """## Measured
 

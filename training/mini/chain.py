@@ -10,8 +10,8 @@
     DIR/runs/mini-s-together  both together: what the editor needs to know comes to stand in the MLLM's last states
     DIR/runs/mini-s-details   the editor goes on alone
     DIR/runs/looking, mini-s-finding        the MLLM on questions about places, then both together once more
-    DIR/runs/reasoning, thinking, copying   the paper's first stage, on that MLLM, in three runs; it is the same in both
-                              miniatures, so it is trained once
+    DIR/runs/reasoning, thinking, copying, judging  the paper's first stage, on that MLLM, in four runs; it is the same in
+                              both miniatures, so it is trained once
     DIR/runs/NAME-...         the base editor to its end, on the finished base MLLM (`EDITOR_LEGS`)
     DIR/start/NAME            the same as a whole checkpoint: what the paper's stages start from
     DIR/runs/NAME             the paper's second and third stage, going on from the first
@@ -68,7 +68,7 @@ TOGETHER, FINDING = "together", "finding"
 MLLM_RUN = f"{MLLM_SYSTEM}-{FINDING}"
 """The run that leaves the base MLLM."""
 
-FIRST_STAGE = ("reasoning", "thinking", "copying")
+FIRST_STAGE = ("reasoning", "thinking", "copying", "judging")
 """The recipes, and the runs, of the first stage; each goes on with the LoRA of the one before it."""
 
 BEGUN, REASONER = FIRST_STAGE[0], FIRST_STAGE[-1]
