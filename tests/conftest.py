@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -17,3 +19,7 @@ if importlib.util.find_spec("reasonedit") is None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["reasonedit"] = module
     spec.loader.exec_module(module)
+
+# No example has a deadline of its own: tests say what is right, never how fast it is.
+settings.register_profile("reasonedit", deadline=None)
+settings.load_profile("reasonedit")

@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -601,10 +600,8 @@ def test_the_recipe_from_the_command_line_writes_nothing_outside_its_folder_and_
     environment = {k: v for k, v in os.environ.items() if k not in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")}
     environment |= {"HOME": str(home), "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(home / "cache")}
     command = program("run", "training/recipes/tiny_cpu.toml", "--set", f"run.out={out}")
-    start = time.process_time()
     ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert time.process_time() >= start
     assert [path for folder in (home, scratch, cwd) for path in folder.rglob("*")] == []
     assert len(list(out.glob("*_dit.safetensors"))) == len(list(out.glob("*_mllm.safetensors"))) == 1
     for plan in plan_stages(read_snapshot(out)):
