@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from reasonedit.reasonedit_core.errors import CheckpointError
-from reasonedit.tests.benchmark_tools import prepared
+from reasonedit.tests.benchmark_tools import damaged_png, prepared
 from reasonedit.training.eval.benchmarks.embeddings import Scorers, features_of, measure_features
 from reasonedit.training.eval.benchmarks.outputs import find_output, keep_output
 from reasonedit.training.eval.encoders import Clip, Dino, digest_of
@@ -79,9 +79,12 @@ def test_means_say_their_n_and_their_backbone_and_nothing_is_encoded_twice(tmp_p
         keep_output(tmp_path / "run", item, manifest.sources(item)[0].read_bytes())
     clip = Colours()
     told = measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip))
-    assert told["clip_source"] == {"n": 3, "mean": pytest.approx(1)} and "clip_i" not in told and "dino" not in told
+    assert told["clip_source"] == {
+        "n": 5, "n_scored": 3, "mean": pytest.approx(1), "at_least": pytest.approx(0.2), "at_most": pytest.approx(1),
+    }  # fmt: skip
+    assert "clip_i" not in told and "dino" not in told
     assert told["backbones"] == {"clip": {"name": "colours", "sha256": "0" * 64}}
-    assert told["anchors"] == {"no-edit": {"clip_source": {"n": 3, "mean": pytest.approx(1)}}}
+    assert told["anchors"].keys() == {"no-edit"} and told["anchors"]["no-edit"]["clip_source"]["n_scored"] == 3
     assert clip.calls == 3, "here the edited pictures are the sources, so that the anchor is known"
     assert measure_features(manifest, tmp_path / "run", manifest.items, Scorers(clip)) == told and clip.calls == 3
     other = manifest.sources(manifest.items[4])[0].read_bytes()
@@ -113,6 +116,37 @@ def test_lpips_and_a_users_measure_stand_beside_with_their_anchors(world, tmp_pa
     }  # fmt: skip
     assert told["anchors"]["no-edit"]["lpips_source"]["mean"] == 0.0 == told["anchors"]["ground-truth"]["lpips"]["mean"]
     assert set(told["backbones"]) == {"lpips", "aesthetics"} and "clip_t" not in told
+
+
+def test_inside_and_outside_a_mask_are_told_apart(world, tmp_path):
+    """Red source, green target. The left half may change; edited: green there, and blue on the right, where nothing may."""
+    item, mask = world.items[0], tmp_path / "mask.png"
+    edited = Image.new("RGB", (16, 16), (0, 0, 255))
+    edited.paste((0, 255, 0), (0, 0, 8, 16))
+    edited.save(tmp_path / "edited.png")
+    keep_output(tmp_path / "run", item, (tmp_path / "edited.png").read_bytes())
+    white = Image.new("L", (16, 16), 0)
+    white.paste(255, (0, 0, 8, 16))
+    white.save(mask)
+    scorers = Scorers(Colours(), Colours(), Fixed())
+    told = measure_features(world, tmp_path / "run", world.items, scorers, {item.id: mask})
+    means = {name: told[name]["mean"] for name in ("clip_t_inside", "clip_i_inside", "dino_inside")}
+    assert means == {name: pytest.approx(1) for name in means}
+    half = pytest.approx(np.cos(np.pi / 4))  # half red, half blue, against red
+    assert told["clip_outside"]["mean"] == half == told["dino_outside"]["mean"] and told["lpips_outside"]["mean"] == 0.5
+    assert told["anchors"]["no-edit"]["clip_outside"]["mean"] == pytest.approx(1)
+    assert told["anchors"]["no-edit"]["lpips_outside"]["mean"] == 0 and told["clip_outside"]["n"] == 1
+    assert "clip_outside" not in measure_features(world, tmp_path / "run", world.items, scorers)
+
+
+def test_a_damaged_picture_is_named_and_no_network_sees_it(tmp_path):
+    manifest = prepared("imgedit", tmp_path)
+    for item in manifest.items:
+        keep_output(tmp_path / "run", item, manifest.sources(item)[0].read_bytes())
+    damaged_png(find_output(tmp_path / "run" / "outputs", manifest.items[1]))
+    told = measure_features(manifest, tmp_path / "run", manifest.items, Scorers(Colours()))
+    assert told["damaged"].keys() == {manifest.items[1].id} and told["clip_source"]["n_scored"] == 4
+    assert told["anchors"]["no-edit"]["clip_source"]["n"] == 4
 
 
 def test_a_folder_is_known_by_its_weights_not_by_its_name(tmp_path):

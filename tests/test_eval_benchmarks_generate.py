@@ -14,7 +14,7 @@ from PIL import Image
 from reasonedit.reasonedit_core.errors import ConfigError, MalformedReply
 from reasonedit.reasonedit_core.loop import POLICIES
 from reasonedit.reasonedit_core.types import Counts, Decision, Edited, Reflection, Scores, Thought
-from reasonedit.tests.benchmark_tools import prepared
+from reasonedit.tests.benchmark_tools import damaged_png, prepared
 from reasonedit.training.eval.benchmarks.generate import Job, Made, MakerFault, generate, journals, run_facts
 from reasonedit.training.eval.benchmarks.makers import CommandMaker, Settings, SystemMaker
 from reasonedit.training.eval.benchmarks.outputs import OUTPUTS, find_output
@@ -251,3 +251,12 @@ def test_a_tiny_random_checkpoint_edits_through_the_librarys_own_loader(tmp_path
     own = SystemMaker("base", load_with(spec), "tiny", Settings(steps=1, guidance=1.0, size_level=64))
     assert generate(manifest, manifest.items[:2], own, Job(tmp_path / "run")).made == 2
     assert Image.open(find_output(tmp_path / "run" / OUTPUTS, manifest.items[0])).size == (64, 48)
+
+
+@pytest.mark.parametrize("several", ["first", "concat"])
+def test_a_source_that_cannot_be_decoded_costs_its_own_item_only(several, tmp_path):
+    manifest = prepared("kris", tmp_path)
+    item = next(item for item in manifest.items if len(item.sources) > 1)
+    damaged_png(manifest.sources(item)[0])
+    done = generate(manifest, manifest.items, maker("base", system()), Job(tmp_path / "run", several=several))
+    assert done.made == 4 and done.failed.keys() == {item.id} and "unreadable-picture" in done.failed[item.id]

@@ -18,6 +18,7 @@ from reasonedit.tests.minis import write_minis
 from reasonedit.training.data.label.annotators import Refused
 from reasonedit.training.data.label.journal import read_journal
 from reasonedit.training.eval.benchmarks.commands import _maker
+from reasonedit.training.eval.benchmarks.differences import measure
 from reasonedit.training.eval.benchmarks.items import read_manifest
 from reasonedit.training.eval.benchmarks.judge import JUDGEMENTS, judge_run
 from reasonedit.training.eval.benchmarks.judges import EndpointJudge, read_rows
@@ -25,7 +26,7 @@ from reasonedit.training.eval.benchmarks.outputs import OUTPUTS, find_output, ke
 from reasonedit.training.eval.benchmarks.pixels import read_mask
 from reasonedit.training.eval.benchmarks.prepare import prepare
 from reasonedit.training.eval.benchmarks.protocols import load_protocol, with_identity
-from reasonedit.training.eval.benchmarks.score import Choice, measure, score_judged
+from reasonedit.training.eval.benchmarks.score import Choice, score_judged
 from reasonedit.training.eval.benchmarks.tables import make_table
 from reasonedit.training.eval.cli import build_parser, main
 
@@ -138,16 +139,17 @@ def test_what_changed_outside_the_masks_is_measured_apart(tmp_path):
     masks.mkdir()
     mask.resize((32, 24)).save(masks / f"{official_name(item)}.png")
     keep_output(run, item, (tmp_path / "clean.png").read_bytes())
-    found = measure(manifest, run, manifest.items, masks)[item.id]
-    assert found["outside"] == {"l1": 0.0, "psnr": None, "ssim": 1.0} and found["l1"] > 0.1
+    found = measure(manifest, run, manifest.items, masks).rows[item.id]
+    assert found["outside"] == {"l1": 0.0, "psnr": None, "ssim": 1.0, "shift": 0.0, "mse_256": found["outside"]["mse_256"]}
+    assert found["to_source"]["l1"] > 0.1 and found["inside"]["l1"] == pytest.approx(2 * found["to_source"]["l1"], abs=1e-5)
     keep_output(run, item, (tmp_path / "edited.png").read_bytes())
-    outside = measure(manifest, run, manifest.items, masks)[item.id]["outside"]
+    outside = measure(manifest, run, manifest.items, masks).rows[item.id]["outside"]
     expected = sum(abs(255 - 2 * value) for value in before) / 3 / 255 / (32 * 48)
     assert outside["l1"] == pytest.approx(expected, abs=1e-6) and outside["ssim"] < 1
     mask.paste(255, (40, 0, 64, 48))  # another mask, in which the pixel may change
     mask.save(masks / f"{official_name(item)}.png")
-    assert measure(manifest, run, manifest.items, masks)[item.id]["outside"]["l1"] == 0
-    assert "outside" not in measure(manifest, run, manifest.items)[item.id]
+    assert measure(manifest, run, manifest.items, masks).rows[item.id]["outside"]["l1"] == 0
+    assert "outside" not in measure(manifest, run, manifest.items).rows[item.id]
 
 
 def test_a_benchmarks_own_masks_are_used_where_no_others_are_named(tmp_path):
@@ -160,7 +162,7 @@ def test_a_benchmarks_own_masks_are_used_where_no_others_are_named(tmp_path):
     manifest = read_manifest(tmp_path / "prepared")
     for item in manifest.items:
         keep_output(tmp_path / "run", item, manifest.sources(item)[0].read_bytes())
-    found = measure(manifest, tmp_path / "run", manifest.items)
+    found = measure(manifest, tmp_path / "run", manifest.items).rows
     assert [name for name, row in found.items() if "outside" in row] == ["r1"] and found["r1"]["outside"]["l1"] == 0
 
 
@@ -254,8 +256,8 @@ def test_new_measures_on_the_command_line(tmp_path, capsys):
     assert "Ins-Align: 0.750, n 5/5, 1 raters" in capsys.readouterr().out
     (path,) = run.glob("judged/*/scores.json")
     told = json.loads(path.read_text())
-    assert told["overall"]["identity"]["mean"] == 7 and told["features"]["aesthetics"] == {"n": 5, "mean": 3.5}
-    assert told["pixels"]["outside"]["n"] == 5 and told["ins_align"]["mean"] == 0.75
+    assert told["overall"]["identity"]["mean"] == 7 and told["features"]["aesthetics"] == {"n": 5, "n_scored": 5, "mean": 3.5}
+    assert told["pixels"]["outside"]["l1"]["n_scored"] == 5 and told["ins_align"]["mean"] == 0.75
     assert main(["report", "--runs", f"ours={run}", "--out", str(tmp_path / "report"), "--refs", "none", "--quiet"]) == 0
     with open(tmp_path / "report/table.csv", newline="") as stream:
         cells = next(csv.DictReader(stream))

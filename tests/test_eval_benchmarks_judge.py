@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from reasonedit.reasonedit_core.errors import ConfigError, MalformedReply, ReasonerError
-from reasonedit.tests.benchmark_tools import LAYOUTS, DrawnJudge, by_item, prepared, save
+from reasonedit.tests.benchmark_tools import LAYOUTS, DrawnJudge, by_item, damaged_png, prepared, save
 from reasonedit.tests.label_tools import QUICK, FakeServer
 from reasonedit.training.data.label.annotators import Answer, Refused
 from reasonedit.training.data.label.journal import read_journal
 from reasonedit.training.data.label.output import Prices
 from reasonedit.training.eval.benchmarks.judge import JUDGEMENTS, NO_EDIT, estimate, folder_of, judge_run, tasks_of, trial
 from reasonedit.training.eval.benchmarks.judges import EndpointJudge, ReplayJudge, ScriptedJudge, make_judge, read_rows
-from reasonedit.training.eval.benchmarks.outputs import keep_output
+from reasonedit.training.eval.benchmarks.outputs import OUTPUTS, find_output, keep_output
 from reasonedit.training.eval.benchmarks.protocols import calls_of, inputs_of, load_protocol, names
 
 RE = {bench: load_protocol(f"{bench}-re") for bench in LAYOUTS}
@@ -71,7 +71,60 @@ def test_marks_are_read_out_of_every_form(text):
 @pytest.mark.parametrize(
     "text",
     [
+        'I looked: {"success": 8, "restraint": 9} is my answer.',
+        'The scale is {0..10}. {"reason": "a {brace}", "success": 8, "restraint": 9}\nThat is all.',
+        '{"seen": ["a"]} and so {"score": [8, 9]}',
+    ],
+)
+def test_an_object_among_other_words_is_read(text):
+    assert SC.read(text).marks == {"success": 8, "restraint": 9}
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("1", 1),
+        ("0", 0),
+        (" **1**. ", 1),
+        ("Answer: 1", 1),
+        ("**Final score**: 0/1", 0),
+        ("It is there.\nScore: 1", 1),
+        ("Yes, 1: the ruin is there, 0 would be wrong.", 1),
+        ("10 windows are broken, 1.5 m of wall stands: I say 0", 0),
+        ("1/5", None),
+        ("yes", None),
+        ("2", None),
+        ("Answer: 1\nAnswer: 0", None),
+        ("10 of 100", None),
+    ],
+)
+def test_the_mllm_score_is_read_as_a_bare_number_a_labelled_one_or_the_first_token(text, mark):
+    question = RE["reason50k"].calls["mllm"]
+    if mark is None:
+        with pytest.raises(MalformedReply):
+            question.read(text)
+    else:
+        assert question.read(text).marks == {"mllm": mark}
+
+
+@pytest.mark.parametrize(("text", "mark"), [("4", 4), ("Score: 4/5", 4), ("4 of them are gone", None), ("I say 4.", None)])
+def test_a_mark_of_a_longer_scale_is_read_alone_or_labelled_and_never_guessed(text, mark):
+    question = RE["kris"].calls["quality"]
+    assert not question.first_token
+    if mark is None:
+        with pytest.raises(MalformedReply):
+            question.read(text)
+    else:
+        assert question.read(text).marks == {"quality": mark}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
+        '{"success": 8, "restraint": 9} or {"success": 7, "restraint": 9}',
+        'So {"success": 8, "success": 7, "restraint": 9}.',
+        'So {"success": 8}.',
         "I cannot tell.",
         "8 9",
         '{"success": 8}',
@@ -102,10 +155,11 @@ def test_a_question_is_known_by_all_that_its_answer_depends_on():
         replace(SC, text=SC.text + " "),
         replace(SC, max_side=512),
         replace(SC, in_order=True),
+        replace(SC, first_token=True),
         replace(SC, marks=(replace(SC.marks[0], high=5), SC.marks[1])),
         replace(SC, version=2),
     ]
-    assert len({each.digest for each in (SC, *changed)}) == 6
+    assert len({each.digest for each in (SC, *changed)}) == 7
 
 
 def test_every_protocol_has_the_calls_its_items_take_and_asks_for_the_keys_it_reads(tmp_path):
@@ -161,6 +215,33 @@ def test_a_missing_picture_is_a_row_and_no_question(tmp_path):
     assert row["item"] == manifest.items[2].id and row["marks"] is None
 
 
+def test_a_damaged_picture_is_a_row_that_names_it_and_no_question(tmp_path):
+    manifest, run = run_of("imgedit", tmp_path, without=(2,))
+    damaged_png(find_output(run / OUTPUTS, manifest.items[0]))
+    options = {"items": manifest.items, "prices": Prices(), "per_picture": 1000}
+    told = estimate(manifest, run, RE["imgedit"], "drawn", anchors=0, **options)
+    assert (told.calls, told.missing) == (3, 1) and told.damaged.keys() == {manifest.items[0].id}
+    done, rows = judged(manifest, run, DrawnJudge())
+    assert done.counts == {"ok": 3, "missing": 1, "damaged": 1}
+    (row,) = (row for row in rows if row["status"] == "damaged")
+    assert row["item"] == manifest.items[0].id and f"{row['item']}.png" in row["note"] and row["marks"] is None
+
+
+def test_a_damaged_source_is_an_error_of_its_own_calls_and_known_before(tmp_path):
+    manifest, run = run_of("gedit", tmp_path)
+    source = manifest.sources(manifest.items[0])[0]
+    damaged_png(source)
+    done, rows = judged(manifest, run, DrawnJudge(), anchors=len(manifest.items))
+    assert done.counts == {"ok": 17, "error": 3}  # SC of the run's picture; SC and PQ of the anchor
+    assert {row["item"] for row in rows if row["status"] == "error"} == {manifest.items[0].id}
+    good, words = trial(DrawnJudge(), RE["gedit"], source, QUICK)
+    assert not good and source.name in words
+    source.write_bytes(b"no picture")
+    options = {"items": manifest.items, "prices": Prices(), "per_picture": 1000}
+    told = estimate(manifest, run, RE["gedit"], "drawn", anchors=0, **options)
+    assert told.calls == 9 and told.damaged.keys() == {manifest.items[0].id}
+
+
 def test_anchors_are_the_source_itself_and_the_target_on_items_that_follow_from_their_hashes(tmp_path):
     manifest, run = run_of("reason50k", tmp_path)
     judge = DrawnJudge()
@@ -213,6 +294,7 @@ def test_an_answer_that_never_can_be_read_is_unparsed_and_a_slow_one_an_error(tm
     assert done.counts == {"ok": 2, "unparsed": 1, "error": 2}
     found = {row["item"]: row for row in rows}
     assert found["100"]["status"] == "unparsed" and found["100"]["attempts"] == 2 and found["100"]["marks"] is None
+    assert found["100"]["raw"] == "Very good, 9 of 10." and all("raw" not in found[name] for name in ("101", "102"))
     assert "no answer within" in found["101"]["note"] or "time" in found["101"]["note"]
 
 
@@ -252,7 +334,8 @@ def test_replay_gives_the_same_rows_without_a_request(tmp_path):
     (other / "judged" / done.folder.name / "journal.jsonl").unlink()
     again, replayed = judged(manifest, other, replay)
     assert again.counts == done.counts and again.counts["refused"] == again.counts["unparsed"] == 2
-    told = ("item", "role", "status", "marks", "reason", "key")
+    told = ("item", "role", "status", "marks", "reason", "key", "raw")
+    assert {row["raw"] for row in rows if row["status"] == "unparsed"} == {"hm"}
     assert [{k: row.get(k) for k in told} for row in replayed] == [{k: row.get(k) for k in told} for row in rows]
 
 

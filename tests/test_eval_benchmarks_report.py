@@ -16,16 +16,18 @@ import pytest
 from PIL import Image
 
 from reasonedit.reasonedit_core.errors import ConfigError, DataError
-from reasonedit.tests.benchmark_tools import LAYOUTS, DrawnJudge, prepared, save
+from reasonedit.tests.benchmark_tools import LAYOUTS, DrawnJudge, damaged_png, prepared, save
 from reasonedit.tests.label_tools import QUICK
 from reasonedit.training.data.label.annotators import Answer
 from reasonedit.training.eval.benchmarks import compare
 from reasonedit.training.eval.benchmarks.aggregate import headline
+from reasonedit.training.eval.benchmarks.differences import measure
 from reasonedit.training.eval.benchmarks.generate import take_in
 from reasonedit.training.eval.benchmarks.judge import judge_run
+from reasonedit.training.eval.benchmarks.measures import means_table, measures_table
 from reasonedit.training.eval.benchmarks.outputs import OUTPUTS, find_output, official_name
 from reasonedit.training.eval.benchmarks.protocols import load_protocol
-from reasonedit.training.eval.benchmarks.score import Choice, measure, read_scores, score_judged
+from reasonedit.training.eval.benchmarks.score import Choice, read_scores, score_judged
 from reasonedit.training.eval.benchmarks.tables import Row, Table, as_csv, latex, make_table, markdown, values_of
 from reasonedit.training.eval.cli import main
 
@@ -91,7 +93,11 @@ def test_five_items_go_from_the_official_layout_to_a_report(bench, tmp_path, cap
     assert r"ours \& theirs & " in tex and tex.count(r"\\") == len(published) + 2
     text = (tmp_path / "report" / "table.md").read_text()
     assert "not the benchmark's official scores" in text and f"*{published[0]['system']} [" in text
+    assert {"measures.md", "measures.csv", "measures.tex", "means.md", "means.csv", "means.tex"} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
     page = (tmp_path / "report" / "page.html").read_text()
+    assert "ours &amp; theirs: no edit" in page and "L1 to source" in page
     assert page.count("<article>") == (4 if bench == "gedit" else 5)
     assert not re.search(r'(src|href)="(?!data:)', page) and "Make change 0." in page
     for name in ("groups.png", "time.png"):
@@ -113,7 +119,7 @@ def take_in_again(folder: Path, manifest: Path) -> int:
 # ---- scores of runs ------------------------------------------------------------------------------------------------------
 
 
-def scored(bench, folder, name, number, choice=None, judge=None, without=(), items=None):
+def scored(bench, folder, name, number, choice=None, judge=None, without=(), items=None, anchors=0):
     """(manifest, scores) of a run whose pictures follow from `number`."""
     manifest = prepared(bench, folder)
     run = folder / name
@@ -125,7 +131,7 @@ def scored(bench, folder, name, number, choice=None, judge=None, without=(), ite
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((folder / "edited.png").read_bytes())
     take_in(manifest, folder / "in" / name, run, name)
-    about = {"items": items or manifest.items, "limits": QUICK}
+    about = {"items": items or manifest.items, "limits": QUICK, "anchors": anchors}
     done = judge_run(manifest, run, load_protocol(f"{bench}-re"), judge or DrawnJudge(), **about)
     return manifest, score_judged(manifest, run, done.folder, choice or Choice())
 
@@ -260,6 +266,110 @@ def test_runs_that_do_not_compare_are_told_apart(tmp_path):
     _, other = scored("rise", tmp_path / "c", "c", 100)
     with pytest.raises(ConfigError, match="kris and rise"):
         make_table({"a": a, "c": other}, references=False)
+
+
+def test_what_was_chosen_is_named_beside_every_n(tmp_path):
+    def table_of(**choice):
+        _, told = scored("imgedit", tmp_path / "-".join(choice or ["plain"]), "a", 100, Choice(**choice), without=(4,))
+        return told, make_table({"a": told}, references=False)
+
+    plain, table = table_of()
+    (row,) = table.rows
+    assert (row.facts["n"], row.facts["missing"]) == ("4/5", "1 left out") and row.facts["clamp"].endswith("lowered")
+    zero, table = table_of(missing="zero")
+    assert (table.rows[0].facts["n"], table.rows[0].facts["missing"]) == ("5/5", "1 counted as the worst")
+    free, table = table_of(clamp=False)
+    assert table.rows[0].facts["clamp"] == "off" and any("clamp off" in remark for remark in table.remarks)
+    told = " ".join(make_table({"a": plain, "b": zero, "c": free}, references=False).remarks)
+    assert "differ in their handling of missing pictures" in told and "differ in their clamping" in told
+    quirk = make_table({"a": plain, "b": {**plain, "quirks": "official"}}, references=False).remarks
+    assert any("differ in their repeated faults" in remark for remark in quirk)
+
+
+def test_gedits_language_stands_on_every_row_and_published_rows_are_english(tmp_path):
+    _, en = scored("gedit", tmp_path / "a", "a", 100, Choice(lang="en"))
+    _, cn = scored("gedit", tmp_path / "b", "b", 100, Choice(lang="cn"))
+    table = make_table({"a": en}, references=True)
+    assert {row.facts["lang"] for row in table.rows} == {"en"} and not any("English set" in each for each in table.remarks)
+    table = make_table({"a": en, "b": cn}, references=True)
+    assert [row.facts["lang"] for row in table.rows[:2]] == ["en", "cn"]
+    assert any("differ in their language" in each for each in table.remarks)
+    assert any("of its English set" in each for each in table.remarks)
+
+
+def test_runs_that_treat_missing_pictures_otherwise_are_not_compared(tmp_path):
+    manifest, skipped = scored("imgedit", tmp_path / "a", "a", 100, without=(4,))
+    _, zero = scored("imgedit", tmp_path / "b", "b", 100, Choice(missing="zero"), without=(4,))
+    with pytest.raises(DataError, match="one missing"):
+        compare.compare_runs(manifest, skipped, zero)
+
+
+def test_every_measure_and_its_anchors_stand_in_a_table_with_its_n(tmp_path):
+    manifest, told = scored("reason50k", tmp_path, "a", 100, without=(4,), anchors=2)
+    told = {**told, "run": {**told["run"], "stops": {"success": 3, "budget": 1}}}
+    table = measures_table({"ours": told})
+    assert [row.name for row in table.rows] == ["ours", "ours: no edit", "ours: ground truth"]
+    own, still, end = table.rows
+    assert own.counts["L1 to source"] == own.counts["SSIM to target"] == "4/5" and still.counts["mllm"] == "2/2"
+    assert still.facts["L1 to source"] == "0.0000" == end.facts["L1 to target"] and own.facts["L1 to source"] > "0.0000"
+    assert still.facts["equal pictures"] == "4" and still.counts["PSNR to source"] == "0/4"
+    assert own.facts["stop reasons"] == "success 3, budget 1" and "ok 8" in own.facts["answers"]
+    text = markdown(table)
+    assert f"{own.facts['L1 to target']} (4/5)" in text and "ground truth" in latex(table)
+    (row, *_) = csv.DictReader(io.StringIO(as_csv(table)))
+    assert row["L1 to target"] == own.facts["L1 to target"] and row["L1 to target n_scored/n"] == "4/5"
+
+
+def test_gedits_intersection_is_a_row(tmp_path):
+    _, told = scored("gedit", tmp_path, "a", 100, Choice(lang="en"))
+    rows = {row.name: row for row in measures_table({"a": told}).rows}
+    assert rows["a"].counts["O"] == "4/4" and rows["a: intersection"].counts["O"] == "3/3"
+
+
+def test_every_mean_says_its_n_and_the_bounds_of_what_is_missing(tmp_path, capsys):
+    manifest, told = scored("kris", tmp_path, "a", 100, without=(1,))  # biology
+    rows = {(row.facts["block"], row.facts["metric"]): row.facts for row in means_table({"a": told}).rows}
+    assert rows["conceptual", "score"]["n_scored/n"] == "0/1" and rows["conceptual", "score"]["bounds"] == "0.0000 .. 100.0000"
+    assert rows["biology", "score"]["mean"] == "none" and "bounds" not in rows["factual", "score"]
+    assert rows["natural science", "quality"]["n_scored/n"] == "0/1" and rows["overall", "knowledge"]["n_scored/n"] == "0/1"
+    assert cli("score", "--manifest", manifest.folder, "--run", tmp_path / "a") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"kris-sample: [\d.]+ \[[\d., ]+\], n 4/5, bounds [\d.]+ \.\. [\d.]+", said)
+    assert "conceptual: score: none, n 0/1, bounds 0.0000 .. 100.0000" in said and "1 without a picture, left out" in said
+
+
+def test_a_damaged_picture_is_named_and_stops_neither_import_nor_score_nor_doctor_nor_report(tmp_path, capsys):
+    (tmp_path / "script.toml").write_text(SCRIPT)
+    manifest = prepared("imgedit", tmp_path)
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    for item in manifest.items:
+        save(theirs / f"{official_name(item)}.png", 200)
+    first, second = manifest.items[2:4]
+    damaged_png(theirs / f"{first.id}.png")
+    base = ("--manifest", manifest.folder)
+    assert cli("import", *base, "--dir", theirs, "--name", "theirs", "--out", run) == 0
+    said = capsys.readouterr().out
+    assert "4 of 5 items have a picture" in said and f"{first.id}: damaged: " in said
+    damaged_png(find_output(run / OUTPUTS, second))  # after it was taken in
+    judge = ("--judge", f"scripted:{tmp_path / 'script.toml'}")
+    assert cli("doctor", *base, "--run", run, *judge) == 0 and f"damaged: {second.id}: " in capsys.readouterr().out
+    assert cli("judge", *base, "--run", run, "--quiet", *judge) == 0 and f"damaged: {second.id}: " in capsys.readouterr().out
+    (tmp_path / "taste.py").write_text("def taste(path):\n    return 3.5\n")
+    more = ("--aesthetics", f"{tmp_path / 'taste.py'}:taste", "--missing", "zero")
+    assert cli("score", *base, "--run", run, *more) == 0
+    said = capsys.readouterr().out
+    assert f"damaged: {second.id}: " in said and "2 without a picture, counted as the worst" in said
+    assert cli("report", "--runs", f"theirs={run}", *base, "--out", tmp_path / "report", "--refs", "none") == 0
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "report" / "table.csv").read_text()))
+    assert row["damaged"] == "1" and "damaged picture" in (tmp_path / "report" / "page.html").read_text()
+    assert cli("score", *base, "--run", run, "--missing", "error") == 2
+
+
+def test_scores_of_before_are_to_be_made_anew(tmp_path):
+    _, told = scored("imgedit", tmp_path, "a", 100)
+    (tmp_path / "old.json").write_text(json.dumps({**told, "format": None}))
+    with pytest.raises(ConfigError, match="score` again"):
+        read_scores(tmp_path / "old.json")
 
 
 def test_names_cannot_break_out_of_a_table():

@@ -25,7 +25,8 @@ class Entry:
 
     key: see `runner.key_of`; item: for whom it was asked first; value: what was answered, None where it was rejected; reason,
     note: why it was, as a code and in words; prompt: its name and version; seconds: of all attempts, pauses left out; time: of
-    the end, in UTC. tokens_in, tokens_out: of all attempts, as far as the annotator states them.
+    the end, in UTC. tokens_in, tokens_out: of all attempts, as far as the annotator states them. raw: the last answer of a
+    question that was rejected because it could not be read.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Entry:
     tokens_out: int = 0
     seconds: float = 0.0
     time: str = ""
+    raw: str | None = None
 
     @property
     def done(self) -> bool:

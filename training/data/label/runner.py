@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 MOST_IN_A_ROW = 12
 """Questions in a row that the annotator did not answer at all; then the fault is not the questions'."""
 
+MAX_RAW = 20_000
+"""Characters that are kept of an answer that cannot be read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -178,7 +181,7 @@ class Runner:
             seed=question.seed,
             temperature=question.prompt.temperature,
         )
-        spent, fault, rejected = _Spent(), None, ("", "")
+        spent, fault, rejected, raw = _Spent(), None, ("", ""), None
         dice = random.Random(key)
         for attempt in range(1, self.limits.attempts + 1):
             spent.attempts = attempt
@@ -192,25 +195,25 @@ class Runner:
             except MalformedReply as error:
                 more = " It was cut off: give answers more room (--extra-tokens)." if answer is not None and answer.cut else ""
                 reason = getattr(error, "reason", "malformed")  # an UnfitReply has one of its own
-                fault, rejected = str(error), (reason, str(error)[:500] + more)
+                fault, rejected, raw = str(error), (reason, str(error)[:500] + more), answer.text[:MAX_RAW] if answer else None
                 log.debug("%s of %s: attempt %d cannot be read: %s", question.prompt.id, item, attempt, error)
             except Refused as error:
-                self._silent = 0
+                self._silent, raw = 0, None
                 rejected = ("refused", str(error))
                 break
             except NotTaken as error:
-                rejected = ("not-taken", str(error))
+                rejected, raw = ("not-taken", str(error)), None
                 self._count_silent(annotator, str(error))
                 break
             except Passing as error:
-                rejected = ("no-answer", str(error))
+                rejected, raw = ("no-answer", str(error)), None
                 log.debug("%s of %s: attempt %d: %s", question.prompt.id, item, attempt, error)
                 if attempt < self.limits.attempts:
                     await self._back_off(error, attempt, dice)
                 else:
                     self._count_silent(annotator, str(error))
         reason, note = rejected
-        return replace(head, reason=reason, note=note, time=_now(), **spent.told())
+        return replace(head, reason=reason, note=note, raw=raw, time=_now(), **spent.told())
 
     async def _once(self, question: Question, annotator: Annotator, spent: _Spent) -> Answer:
         async with self._slots:

@@ -152,6 +152,19 @@ def spread(rule: Rule, found: Sequence[tuple[Item, Values]]) -> Spread | None:
     return Spread(overall, tuple(item for item, *_ in scored), tuple(moved))
 
 
+def mean_of(
+    values: Sequence[float | None], n: int, low: float | None = None, high: float | None = None
+) -> dict[str, float | int | None]:
+    """n: items that a metric applies to; n_scored: that have it; mean of these. low, high: ends of its scale, for at_least and
+    at_most, the mean if all that is missing were at one of them; without them there are no bounds."""
+    there = [value for value in values if value is not None]
+    told: dict[str, float | int | None] = {"n": n, "n_scored": len(there), "mean": sum(there) / len(there) if there else None}
+    for name, end in (("at_least", low), ("at_most", high)):
+        if end is not None and n:
+            told[name] = (sum(there) + end * (n - len(there))) / n
+    return told
+
+
 def _overall(rule: Rule, scores: Scores, name: str, scale: Scale) -> dict[str, Any]:
     return _row(rule, [(item, score.metrics[name]) for item, score in scores if name in score.metrics], name, scale)
 

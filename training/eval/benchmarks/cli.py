@@ -175,8 +175,9 @@ def _agree(commands: Any) -> None:
 
 
 def _export(commands: Any) -> None:
-    parser = _command(commands, "export", "a run's pictures, and its scores if there are any, for the official scripts")
+    parser = _command(commands, "export", "a run's pictures, and its marks if it is scored, as the official scripts read them")
     _items(parser)
+    parser.add_argument("--judged", metavar="NAME", help="folder below judged/, where there are several")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
 
 

@@ -111,14 +111,18 @@ def run_import(args: argparse.Namespace) -> int:
         )
     done = take_in(manifest, args.dir, args.out, args.name)
     tell(f"{args.out}: {done.made} of {len(manifest.items)} items have a picture")
-    for item in list(done.failed)[:10]:
+    damaged = {item: why for item, why in done.failed.items() if why.startswith("damaged")}
+    for item, why in damaged.items():
+        tell(f"  {item}: {why}")
+    for item in [item for item in done.failed if item not in damaged][:10]:
         tell(f"  missing: {item}")
     return 0
 
 
 def run_judge(args: argparse.Namespace) -> int:
     """`reasonedit-eval judge`."""
-    from .judge import judge_run
+    from .judge import JUDGEMENTS, judge_run
+    from .judges import read_rows
 
     manifest = read_manifest(args.manifest)
     protocol, judge = _protocol(manifest, args)
@@ -135,6 +139,9 @@ def run_judge(args: argparse.Namespace) -> int:
         on_done=_progress(args, "calls"),
     )
     cost = "" if done.told["cost"] is None else f", cost {done.told['cost']:g}"
+    for row in read_rows(done.folder / JUDGEMENTS):
+        if row["status"] == "damaged":
+            tell(f"  damaged: {row['item']}: {row['note']}")
     tell(f"{done.folder}: {', '.join(f'{number} {status}' for status, number in sorted(done.counts.items()))}")
     tell(
         f"{done.told['requests']} requests ({done.requests} now), {done.told['tokens_in']} + {done.told['tokens_out']} "
@@ -146,6 +153,7 @@ def run_judge(args: argparse.Namespace) -> int:
 def run_score(args: argparse.Namespace) -> int:
     """`reasonedit-eval score`."""
     from .aggregate import headline
+    from .measures import told_means
     from .score import SCORES, Choice, score_judged
 
     manifest = read_manifest(args.manifest)
@@ -158,7 +166,15 @@ def run_score(args: argparse.Namespace) -> int:
         told = score_judged(manifest, args.folder, folder, choice)
         row = headline(manifest.bench, told)
         mean = "no score" if row["mean"] is None else f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        tell(f"{folder / SCORES}: {told['aggregate']}: {mean}, n {row['n_scored']}/{row['n']}")
+        bounds = f", bounds {row['at_least']:.3f} .. {row['at_most']:.3f}" if row["n_scored"] < row["n"] else ""
+        tell(f"{folder / SCORES}: {told['aggregate']}: {mean}, n {row['n_scored']}/{row['n']}{bounds}")
+        if told["absent"]:
+            counted = {"zero": "counted as the worst", "skip": "left out"}[choice.missing]
+            tell(f"  {told['absent']} without a picture, {counted} (--missing {choice.missing})")
+        for item, why in told["damaged"].items():
+            tell(f"  damaged: {item}: {why}")
+        for line in told_means(told):
+            tell(f"  {line}")
         if (people := told["ins_align"]) is not None:
             tell(f"  Ins-Align: {people['mean']:.3f}, n {people['n_scored']}/{people['n']}, {len(people['raters'])} raters")
         for anchor, found in told["anchors"].items():
@@ -176,6 +192,7 @@ def run_report(args: argparse.Namespace) -> int:
     from .figures import draw_all
     from .judge import JUDGEMENTS
     from .judges import read_rows
+    from .measures import means_table, measures_table
     from .page import Shown, write_page
     from .score import read_scores
     from .tables import as_csv, latex, make_table, markdown
@@ -185,9 +202,10 @@ def run_report(args: argparse.Namespace) -> int:
         raise ConfigError("--runs: expected a name of its own for each run, found one twice. Use NAME=DIR.")
     runs = {name: read_scores(path) for name, path in named.items()}
     table = make_table(runs, args.refs == "paper")
-    text = markdown(table)
-    for name, told in (("table.md", text), ("table.csv", as_csv(table)), ("table.tex", latex(table))):
-        write_whole(args.out / name, told.encode())
+    tables = {"table": table, "measures": measures_table(runs), "means": means_table(runs)}
+    for name, each in tables.items():
+        for suffix, told in (("md", markdown(each)), ("csv", as_csv(each)), ("tex", latex(each))):
+            write_whole(args.out / f"{name}.{suffix}", told.encode())
     draw_all(runs, args.out, args.refs == "paper")
     if args.manifest:
         manifest = read_manifest(args.manifest)
@@ -197,8 +215,9 @@ def run_report(args: argparse.Namespace) -> int:
             shown[name] = Shown(judged.parent.parent, scores, read_rows(judged / JUDGEMENTS))
         scored = {each["item"] for scores in runs.values() for each in scores["items"]}
         items = chosen([item for item in manifest.items if item.id in scored], args.show, "page")
-        write_page(args.out / "page.html", table, manifest, shown, items)
-    tell(text)
+        write_page(args.out / "page.html", list(tables.values()), manifest, shown, items)
+    tell(markdown(table))
+    tell(markdown(tables["measures"]))
     tell(f"written: {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
     return 0
 
@@ -227,12 +246,21 @@ def run_agree(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """`reasonedit-eval export`."""
+    from .judge import JUDGEMENTS
+    from .judges import read_rows
+    from .official import write_judged
     from .outputs import export_official
     from .score import SCORES, read_scores
 
-    taken = export_official(read_manifest(args.manifest), args.folder, args.out)
-    if list(args.folder.glob(f"judged/*/{SCORES}")):
-        scores = read_scores(args.folder)
+    manifest = read_manifest(args.manifest)
+    taken = export_official(manifest, args.folder, args.out)
+    if args.judged or list(args.folder.glob(f"judged/*/{SCORES}")):
+        scores = read_scores(args.folder / "judged" / args.judged if args.judged else args.folder)
+        wanted = {each["item"] for each in scores["items"]}
+        rows = read_rows(Path(scores["path"]).parent / JUDGEMENTS)
+        written = write_judged([item for item in manifest.items if item.id in wanted], rows, args.out)
+        for path in written:
+            tell(f"  {path.relative_to(args.out)}")
         names = ("bench", "protocol", "judge", "aggregate", "overall", "groups", "items")
         write_json(args.out / SCORES, {name: scores[name] for name in names})
     tell(f"{args.out}: {len(taken.found)} pictures, {len(taken.missing)} missing")
@@ -258,6 +286,8 @@ def run_doctor(args: argparse.Namespace) -> int:
         extra_tokens=args.extra_tokens,
     )
     tell(f"{protocol.name} by {judge.name} ({judge.endpoint}): {told.items} items, {told.missing} without a picture")
+    for item, why in told.damaged.items():
+        tell(f"  damaged: {item}: {why}")
     tell(f"{told.calls} calls ({', '.join(f'{name} {count}' for name, count in told.by_call.items())}), {told.known} known")
     cost = "name --price IN,OUT for the cost" if told.cost is None else f"cost at most {told.cost:.2f}"
     tell(f"to ask: {told.calls - told.known} calls, about {told.tokens_in} + {told.tokens_out} tokens at most; {cost}")

@@ -19,7 +19,9 @@ TIE = 1e-9
 def compare_runs(manifest: Manifest, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """b - a of the headline on the items that both are scored on: overall and per group, with 95 % paired bootstrap intervals
     and wins, ties, losses of b. DataError where the two do not compare."""
-    for key in ("bench", "manifest", "judge", "questions", "aggregate", "quirks", "lang", "clamp"):
+    for key in ("bench", "manifest", "judge", "questions", "aggregate", "quirks", "lang", "clamp", "missing"):
+        if key == "missing" and not a["absent"] and not b["absent"]:
+            continue  # nothing was missing, so that nothing came of the choice
         if a[key] != b[key]:
             raise DataError(f"expected two runs with one {key}, found {a[key]!r} and {b[key]!r}. Judge and score them alike.")
     rule, metric = rule_of(a["aggregate"], a["bench"]), HEADLINE[a["bench"]]

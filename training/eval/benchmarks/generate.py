@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ....reasonedit_core.errors import ConfigError, Interrupted, MalformedReply, ReasonEditError
+from ....reasonedit_core.errors import ConfigError, DataError, Interrupted, MalformedReply, ReasonEditError
 from ....reasonedit_core.files import write_json
 from ...data.label.annotators import shown
 from ...data.label.journal import Entry, Journal, read_journal
@@ -24,7 +24,7 @@ from ...data.label.pace import Rejected, for_all
 from ...data.label.runner import Limits, Runner
 from ...data.pictures import PictureFault
 from .items import Item, Manifest
-from .outputs import OUTPUTS, find_output, keep_output, official_name
+from .outputs import OUTPUTS, damage, find_output, keep_output, official_name
 
 ABOUT, STEP = "run.json", "generate"
 
@@ -108,6 +108,9 @@ async def _item(runner: Runner, manifest: Manifest, item: Item, maker: Maker, jo
         if policy == "skip":
             raise Rejected(STEP, "several-sources", f"{len(pictures)} sources, and the editor takes one (--several)")
         folder = job.run / "items" / official_name(item)
+        for each in pictures:
+            if (why := damage(each.path)) is not None:  # a maker would end the whole run
+                raise Rejected(STEP, "unreadable-picture", why[:500])
         source = pictures[0].path if policy != "concat" else _side_by_side([each.path for each in pictures], folder)
         try:
             made = maker.make(source, item.instruction, seed, folder)
@@ -192,8 +195,8 @@ def run_facts(run: Path, items: Sequence[str]) -> dict[str, Any]:
 
 
 def take_in(manifest: Manifest, folder: Path, run: Path, name: str) -> Generated:
-    """Somebody else's pictures in the official layout, as a run of the system `name`. Raises ConfigError where none is
-    found."""
+    """Somebody else's pictures in the official layout, as a run of the system `name`. One that cannot be decoded is not taken,
+    and told among the failed. Raises ConfigError where none is found."""
     from .outputs import as_png, find_all
 
     taken = find_all(folder, manifest.items)
@@ -205,12 +208,20 @@ def take_in(manifest: Manifest, folder: Path, run: Path, name: str) -> Generated
             self.name = name
 
     _claim(run, manifest, Importer(), Job(run))  # type: ignore[arg-type]
+    failed = dict.fromkeys(taken.missing, "missing: no picture in the folder")
     for item in manifest.items:
-        if item.id in taken.found:
-            png, there = as_png(taken.found[item.id]), find_output(run / OUTPUTS, item)
-            if there is None or there.read_bytes() != png:
-                keep_output(run, item, png)
-    return Generated(len(taken.found), 0, dict.fromkeys(taken.missing, "missing: no picture in the folder"))
+        if item.id not in taken.found:
+            continue
+        there = find_output(run / OUTPUTS, item)
+        try:
+            png = as_png(taken.found[item.id])
+        except DataError as error:
+            kept = "" if there is None else " What was taken in before stays."
+            failed[item.id] = f"damaged: {error}{kept}"
+            continue
+        if there is None or there.read_bytes() != png:
+            keep_output(run, item, png)
+    return Generated(sum(find_output(run / OUTPUTS, item) is not None for item in manifest.items), 0, failed)
 
 
 def _side_by_side(paths: Sequence[Path], folder: Path) -> Path:

@@ -15,8 +15,9 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ...data.label.pace import Rejected, for_all
 from ...data.label.runner import Limits, Runner, key_of
 from ...data.pictures import PictureFault
 from .items import Item, Manifest, chosen
-from .outputs import OUTPUTS, find_output
+from .outputs import OUTPUTS, damage, damaged_outputs, find_output
 from .protocols import Protocol, inputs_of, roles_of, shown_names
 
 JUDGEMENTS, ABOUT = "judgements.jsonl", "judge.json"
@@ -60,12 +61,19 @@ def folder_of(run: Path, protocol: Protocol, judge: str) -> Path:
     return run / "judged" / f"{named}--{re.sub(r'[^A-Za-z0-9._-]+', '_', judge)}"
 
 
-def tasks_of(manifest: Manifest, run: Path | None, protocol: Protocol, anchors: int, items: Sequence[Item]) -> list[Task]:
-    """Every call: of the items that have a picture in the run, and of `anchors` items. ConfigError for a group that the
-    protocol has no call for."""
+def tasks_of(
+    manifest: Manifest,
+    run: Path | None,
+    protocol: Protocol,
+    anchors: int,
+    items: Sequence[Item],
+    damaged: Collection[str] = (),
+) -> list[Task]:
+    """Every call: of the items that have a picture in the run and are not `damaged`, and of `anchors` items. ConfigError for a
+    group that the protocol has no call for."""
     tasks = []
     for item in items:
-        edited = find_output(run / OUTPUTS, item) if run else None
+        edited = find_output(run / OUTPUTS, item) if run and item.id not in damaged else None
         tasks += [Task(item, role, call, edited) for role, call in roles_of(item, protocol).items() if edited]
     for name, able in ((NO_EDIT, list(items)), (GROUND_TRUTH, [item for item in items if "gt_img" in item.refs])):
         for item in chosen(able, anchors, "anchor"):
@@ -109,7 +117,8 @@ def judge_run(
     judge that cannot be used); what was answered before stays."""
     _check_bench(manifest, protocol)
     folder = folder_of(run, protocol, annotator.name)
-    tasks = tasks_of(manifest, run, protocol, anchors, items)
+    damaged = damaged_outputs(run, items)
+    tasks = tasks_of(manifest, run, protocol, anchors, items, damaged)
     with Journal(folder / FILE_NAME) as kept:
         runner = Runner(kept, limits, retry=retry)
 
@@ -120,7 +129,7 @@ def judge_run(
         found = asyncio.run(for_all(tasks, one, at_once=2 * limits.concurrency, on_done=done))
         rows = [{**each, "protocol": protocol.name, "judge": annotator.name} for each in found]
         judged = {task.item.id for task in tasks if task.anchor is None}
-        rows += [_missing(item, protocol, annotator) for item in items if item.id not in judged]
+        rows += [_unseen(item, protocol, annotator, damaged.get(item.id)) for item in items if item.id not in judged]
         spent = report(kept.entries.values(), prices)
     told = {
         "bench": manifest.bench,
@@ -159,13 +168,17 @@ async def _row(
         row["edited"] = shown(task.edited).sha256
         pictures = pictures_of(manifest, protocol, task, folder)
         key = key_of(question.step, f"{question.id}+{question.digest}", annotator.name, inputs, pictures)
+        for each in pictures:  # an endpoint would be sent half a picture
+            if (why := _damage(each.path, each.sha256)) is not None:
+                raise PictureFault("unreadable-picture", why, "export it again.")
         reply, entry = await runner.ask(task.item.id, question, inputs, pictures, annotator)
     except PictureFault as fault:
         return {**row, "status": "error", "marks": None, "note": f"picture: {fault}"}
     except Rejected as rejected:
         status = STATUS.get(rejected.reason, "error")
         found = runner.journal.entries.get(key)
-        return {**row, "key": key, "status": status, "marks": None, "note": rejected.note, **_spent(found)}
+        raw = {"raw": found.raw} if found is not None and found.raw is not None else {}
+        return {**row, "key": key, "status": status, "marks": None, "note": rejected.note, **raw, **_spent(found)}
     return {**row, "key": key, "status": "ok", "marks": reply.marks, "reason": reply.reason, "raw": reply.raw, **_spent(entry)}
 
 
@@ -174,14 +187,23 @@ def _spent(entry: Entry | None) -> dict[str, Any]:
     return {} if entry is None else {name: getattr(entry, name) for name in names}
 
 
-def _missing(item: Item, protocol: Protocol, annotator: Annotator) -> dict[str, Any]:
-    row = {"item": item.id, "role": None, "call": None, "anchor": None, "status": "missing", "marks": None}
+@lru_cache(maxsize=4096)
+def _damage(path: Path, sha256: str) -> str | None:
+    return damage(path)
+
+
+def _unseen(item: Item, protocol: Protocol, annotator: Annotator, damaged: str | None) -> dict[str, Any]:
+    """The row of an item without a picture that can be judged."""
+    told = {"status": "missing"} if damaged is None else {"status": "damaged", "note": damaged}
+    row = {"item": item.id, "role": None, "call": None, "anchor": None, **told, "marks": None}
     return {**row, "protocol": protocol.name, "judge": annotator.name}
 
 
-def pictures_of(manifest: Manifest, protocol: Protocol, task: Task, folder: Path) -> list[Shown]:
-    """The pictures of a call, in order. folder: where resized ones are kept. Raises PictureFault for one that is none."""
-    edited = _resized(task.edited, manifest.sources(task.item)[0], folder) if protocol.resized else task.edited
+def pictures_of(manifest: Manifest, protocol: Protocol, task: Task, folder: Path | None) -> list[Shown]:
+    """The pictures of a call, in order. folder: where resized ones are kept; None resizes none. Raises PictureFault for one
+    that is none."""
+    resized = protocol.resized and folder is not None
+    edited = _resized(task.edited, manifest.sources(task.item)[0], folder) if resized else task.edited
     refs = {name: [path] for name in ("gt_img", "reference_img") if (path := manifest.picture(task.item, name)) is not None}
     named = {"sources": manifest.sources(task.item), "edited": [edited], **refs}
     return [shown(path) for path in shown_names(protocol.calls[task.call], named)]
@@ -194,6 +216,8 @@ def _resized(edited: Path, source: Path, folder: Path) -> Path:
     size = shown(source).size
     if shown(edited).size == size:
         return edited
+    if (why := damage(edited)) is not None:
+        raise PictureFault("unreadable-picture", why, "export it again.")
     with Image.open(edited) as image:
         made = ImageOps.exif_transpose(image).convert("RGB").resize(size)  # Pillow's default filter, as their script has it
     buffer = io.BytesIO()
@@ -207,7 +231,8 @@ def _resized(edited: Path, source: Path, folder: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """What judging would take. calls: all; known: of them in the journal; tokens_in, tokens_out, cost: of those still to ask,
-    at most (every answer takes all its room); cost is None without prices."""
+    at most (every answer takes all its room); cost is None without prices. damaged: item -> why one of its pictures cannot be
+    decoded; calls that would show it are not among the calls."""
 
     calls: int
     known: int
@@ -217,6 +242,7 @@ class Estimate:
     tokens_out: int
     cost: float | None
     by_call: Mapping[str, int]
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 def estimate(
@@ -233,7 +259,8 @@ def estimate(
 ) -> Estimate:
     """Count without asking. run: None counts as if every item had a picture. per_picture: tokens of one picture."""
     _check_bench(manifest, protocol)
-    tasks = tasks_of(manifest, run, protocol, anchors, items)
+    damaged = damaged_outputs(run, items) if run else {}
+    tasks = tasks_of(manifest, run, protocol, anchors, items, damaged)
     if run is None:
         tasks += [
             Task(item, role, call, manifest.sources(item)[0])
@@ -241,23 +268,25 @@ def estimate(
             for role, call in roles_of(item, protocol).items()
         ]
     entries = read_journal(folder_of(run, protocol, judge) / FILE_NAME).entries if run else {}
-    known = tokens_in = tokens_out = 0
+    asked, known, tokens_in, tokens_out = [], 0, 0, 0
     for task in tasks:
         question, inputs = protocol.calls[task.call], inputs_of(task.item, protocol.calls[task.call])
-        if entries:
-            pictures = pictures_of(manifest, protocol, task, folder_of(run, protocol, judge))
-            if key_of(question.step, f"{question.id}+{question.digest}", judge, inputs, pictures) in entries:
-                known += 1
-                continue
-        number = len(question.shows) - ("sources" in question.shows) + len(task.item.sources) * ("sources" in question.shows)
-        tokens_in += number * per_picture + (len(question.system) + len(question.words(inputs))) // 4
+        try:
+            pictures = pictures_of(manifest, protocol, task, folder_of(run, protocol, judge) if entries else None)
+        except PictureFault as fault:
+            damaged.setdefault(task.item.id, str(fault))
+            continue
+        asked.append(task)
+        if entries and key_of(question.step, f"{question.id}+{question.digest}", judge, inputs, pictures) in entries:
+            known += 1
+            continue
+        tokens_in += len(pictures) * per_picture + (len(question.system) + len(question.words(inputs))) // 4
         tokens_out += question.max_tokens + extra_tokens
     cost = (tokens_in * prices.tokens_in + tokens_out * prices.tokens_out) / 1e6 if prices != Prices() else None
     pictured = sum(find_output(run / OUTPUTS, item) is not None for item in items) if run else len(items)
-    by_call = Counter(task.call for task in tasks)
-    return Estimate(
-        len(tasks), known, len(items), len(items) - pictured, tokens_in, tokens_out, cost, dict(sorted(by_call.items()))
-    )
+    by_call = dict(sorted(Counter(task.call for task in asked).items()))
+    missing = len(items) - pictured
+    return Estimate(len(asked), known, len(items), missing, tokens_in, tokens_out, cost, by_call, damaged)
 
 
 def trial(annotator: Annotator, protocol: Protocol, picture: Path, limits: Limits) -> tuple[bool, str]:
@@ -271,8 +300,10 @@ def trial(annotator: Annotator, protocol: Protocol, picture: Path, limits: Limit
             self.entries = {entry.key: entry}
 
     runner = Runner(_Nowhere(), replace(limits, attempts=min(limits.attempts, 2)))  # type: ignore[arg-type]
-    one = shown(picture)
     inputs = {name: "make no change" for name in question.tells}
+    if (why := damage(picture)) is not None:
+        return False, f"{call}: {why}"
+    one = shown(picture)
     try:
         reply, _ = asyncio.run(runner.ask("trial", question, inputs, [one] * max(1, len(question.shows)), annotator))
     except Rejected as rejected:

@@ -4,15 +4,16 @@ and handing ours out."""
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ....reasonedit_core.files import write_whole
+from ...data.label.annotators import Shown, shown
+from ...data.pictures import PictureFault
 from .items import Item, Manifest
+from .pixels import read_picture
 
 OUTPUTS = "outputs"
 """Folder of a run with the pictures in the official layout."""
@@ -72,38 +73,58 @@ def find_all(folder: Path, items: Sequence[Item]) -> Taken:
 
 
 def export_official(manifest: Manifest, run: Path, out: Path) -> Taken:
-    """Copy a run's pictures to `out` for the official scripts. GEdit: the source is written beside each, PNG, without which
-    its script passes an item over in silence."""
+    """Write a run's pictures to `out` for the official scripts, as PNG, which they look for. GEdit: the source lies beside
+    each, without which its script passes an item over in silence. One that cannot be decoded is missing."""
     taken = find_all(run / OUTPUTS, manifest.items)
+    found = {}
     for item in manifest.items:
         if item.id not in taken.found:
             continue
         path = out / official_name(item)
-        _copy(taken.found[item.id], path.with_name(path.name + taken.found[item.id].suffix))
-        if item.bench == "gedit":
-            write_whole(path.with_name(f"{path.name}_SRCIMG.png"), as_png(manifest.sources(item)[0]))
-    return taken
+        try:
+            data = as_png(taken.found[item.id])
+            source = as_png(manifest.sources(item)[0]) if item.bench == "gedit" else None
+        except DataError:
+            continue
+        found[item.id] = write_whole(path.with_name(f"{path.name}.png"), data)
+        if source is not None:
+            write_whole(path.with_name(f"{path.name}_SRCIMG.png"), source)
+    return Taken(found, tuple(item.id for item in manifest.items if item.id not in found))
+
+
+def seen(path: Path) -> Shown:
+    """A picture file with its hash and size. DataError where it is none."""
+    try:
+        return shown(path)
+    except PictureFault as fault:
+        raise DataError(f"{path}: expected a picture, found {fault.found}. {fault.fix.capitalize()}") from fault
+
+
+def damage(path: Path) -> str | None:
+    """Why a file is no picture that can be decoded to its end; None for one that can."""
+    try:
+        seen(path)
+        read_picture(path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def damaged_outputs(run: Path, items: Sequence[Item]) -> dict[str, str]:
+    """item -> why its picture in the run is none. Every picture is decoded."""
+    paths = {item.id: path for item in items if (path := find_output(run / OUTPUTS, item)) is not None}
+    return {name: why for name, path in paths.items() if (why := damage(path)) is not None}
 
 
 def as_png(path: Path) -> bytes:
-    """A picture file as PNG, upright."""
+    """A picture file as PNG, upright. DataError for one that cannot be decoded to its end."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                return path.read_bytes()
-            buffer = io.BytesIO()
-            ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a picture, found a file that cannot be decoded ({error}). Export it again."
-        ) from error
+    if (why := damage(path)) is not None:
+        raise DataError(why)
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            return path.read_bytes()
+        buffer = io.BytesIO()
+        ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _copy(source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    shutil.copyfile(source, part)
-    os.replace(part, path)

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: the table, and items side by side with their marks and the judge's reasons."""
+"""One HTML file with everything in it: the tables, and items side by side with their marks and the judge's reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ....reasonedit_core.files import write_whole
 from ...inline_picture import escaped, inline
 from .items import Item, Manifest
-from .outputs import OUTPUTS, find_output
+from .outputs import OUTPUTS, damage, find_output
 from .tables import Table, cells_of
 
 SIDE = 288
@@ -36,13 +36,17 @@ class Shown:
     rows: Sequence[Mapping[str, Any]]
 
 
-def write_page(path: Path, table: Table, manifest: Manifest, runs: Mapping[str, Shown], items: Sequence[Item]) -> Path:
-    """Write the page; its pictures are small JPEGs inside it."""
-    title = f"{table.bench}: {', '.join(runs)}"
+def write_page(
+    path: Path, tables: Sequence[Table], manifest: Manifest, runs: Mapping[str, Shown], items: Sequence[Item]
+) -> Path:
+    """Write the page: the tables, then the items. Its pictures are small JPEGs inside it."""
+    title = f"{tables[0].bench}: {', '.join(runs)}"
     parts = [
         f'<!doctype html><meta charset="utf-8"><title>{escaped(title)}</title><style>{_STYLE}</style><h1>{escaped(title)}</h1>'
     ]
-    parts += [_table(table), *(f"<p>{escaped(remark)}</p>" for remark in table.remarks)]
+    for table in tables:
+        parts += [f"<h2>{escaped(table.title)}</h2>"] if table.title else []
+        parts += [_table(table), *(f"<p>{escaped(remark)}</p>" for remark in table.remarks)]
     parts += [_article(manifest, item, runs) for item in items]
     return write_whole(path, ("\n".join(parts) + "\n").encode("utf-8", "replace"))
 
@@ -86,4 +90,6 @@ def _words(item: Item, run: Shown) -> list[str]:
 
 def _figure(path: Path, *words: str) -> str:
     lines = "<br>".join(escaped(each) for each in words)
+    if damage(path) is not None:
+        return f'<figure><p class="none">damaged picture</p><figcaption>{lines}</figcaption></figure>'
     return f'<figure><img src="{inline(path, SIDE, "JPEG")}" alt=""><figcaption>{lines}</figcaption></figure>'

@@ -190,6 +190,7 @@ def _question(step: str, entry: Mapping[str, Any], told: Mapping[str, Any]) -> J
         correction=told["correction"],
         marks=tuple(Mark(*mark) for mark in entry["marks"]),
         max_side=told["max_side"],
+        first_token=entry.get("first_token", False),
     )
 
 

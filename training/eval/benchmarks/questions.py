@@ -1,8 +1,10 @@
 """A judge's question as the runner of `reasonedit-data` asks it, and how marks are read out of what is answered.
 
-Read, in this order: one JSON object (bare, fenced, or fenced among other words), a list `score` in it as VIEScore's form has
-it, numbers in brackets between two `||V^=^V||`, labelled lines (`Success: 4`, `**Success**: 4/5`). A mark that is missing,
-out of its scale or not whole makes the answer unreadable. Nothing is guessed.
+Read, in this order: one JSON object (bare, fenced, or the only one with marks among other words), a list `score` in it as
+VIEScore's form has it, numbers in brackets between two `||V^=^V||`, labelled lines (`Success: 4`, `**Success**: 4/5`). Where
+one mark is asked for, also a number alone and one after `Answer:` or `Score:`; and with `first_token`, where nothing else is
+read, the first 0 or 1 that stands by itself, as Reason50K's MLLM score is read. A mark that is missing, out of its scale or not
+whole makes the answer unreadable. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -44,12 +46,13 @@ class Marked(Reply):
 class JudgeQuestion(Prompt):
     """A question that is answered with marks. max_side: long side of its pictures as they are sent. in_order: labelled lines
     count by their order, for texts of others whose labels are not ours; placeholders: the text has the values inside, and no
-    schema is sent with it."""
+    schema is sent with it; first_token: of one mark of 0 or 1, see the head of the file."""
 
     marks: tuple[Mark, ...]
     max_side: int
     in_order: bool = False
     placeholders: bool = False
+    first_token: bool = False
 
     @property
     def reply(self) -> type[Reply]:
@@ -60,8 +63,9 @@ class JudgeQuestion(Prompt):
     def digest(self) -> str:
         """Changes with anything an answer depends on."""
         marks = [(mark.name, mark.low, mark.high) for mark in self.marks]
-        told = json.dumps([Prompt.digest.fget(self), marks, self.max_side, self.in_order, self.placeholders])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = [Prompt.digest.fget(self), marks, self.max_side, self.in_order, self.placeholders]
+        told += ["first token"] if self.first_token else []  # only then: what other questions were answered stays known
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -87,12 +91,12 @@ class JudgeQuestion(Prompt):
             raise MalformedReply(f"expected a reply of at most {MAX_REPLY} characters, found {len(text)}.", text)
         body = text.rpartition("</think>")[2].strip()
         names = [mark.name for mark in self.marks]
-        found = _object_in(body)
+        found = _object_in(body) or _object_among(body, names)
         if found is not None:
             values = found.get("score") if isinstance(found.get("score"), list) else [found.get(name) for name in names]
             reason = found.get("reason", found.get("reasoning", ""))
         else:
-            values, reason = _delimited(body) or self._labelled(body), body
+            values, reason = _delimited(body) or self._labelled(body) or self._single(body), body
         if values is None or len(values) != len(names):
             number = "none" if values is None else str(len(values))
             raise MalformedReply(
@@ -115,6 +119,19 @@ class JudgeQuestion(Prompt):
             values.append(self._out_of(at, own[0]))
         return values
 
+    def _single(self, body: str) -> list[Any] | None:
+        """The number of an answer to a question of one mark: alone, after `Answer:` or `Score:`, or its first token."""
+        if len(self.marks) != 1:
+            return None
+        if (alone := _ALONE.match(body)) is not None:
+            return [self._out_of(0, alone)]
+        found = [match for line in body.splitlines() if (match := _LABELLED.match(line.strip()))]
+        answers = [match for match in found if match["name"].strip().casefold() in _ANSWER]
+        if answers:
+            return [self._out_of(0, answers[0])] if len(answers) == 1 else None
+        first = _TOKEN.search(body) if self.first_token else None
+        return None if first is None else [int(first[0])]
+
     def _out_of(self, at: int, match: re.Match[str]) -> Any:
         """The number of a line; None where it is out of another scale (8/10 where 5 is the best)."""
         if match["most"] and (at >= len(self.marks) or int(match["most"]) != self.marks[at].high):
@@ -132,6 +149,9 @@ PLACEHOLDERS: Mapping[str, Sequence[str]] = {
 _LABELLED = re.compile(
     r"\A[-*#\s\d.)]*(?P<name>[A-Za-z][\w &/-]*?)[\s*]*:[\s*]*(?P<value>-?\d+(?:\.\d+)?)(?:\s*/\s*(?P<most>\d+))?[\s*.]*\Z"
 )
+_ALONE = re.compile(r"\A[\s*\"'`]*(?P<value>-?\d+(?:\.\d+)?)(?:\s*/\s*(?P<most>\d+))?[\s*.\"'`]*\Z")
+_ANSWER = frozenset(("answer", "score", "final answer", "final score", "mark"))
+_TOKEN = re.compile(r"(?<![\w.,-])[01](?![\w%]|[.,/-]\d)")
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 
 
@@ -146,6 +166,22 @@ def _object_in(body: str) -> dict[str, Any] | None:
         if isinstance(found, dict):
             return found
     return None
+
+
+def _object_among(body: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """The only JSON object with marks that stands among other words; None for several, of which none is the answer."""
+    reader, found, at = json.JSONDecoder(object_pairs_hook=_once), [], body.find("{")
+    while at >= 0:
+        end = at + 1
+        try:
+            value, end = reader.raw_decode(body, at)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            if isinstance(value.get("score"), list) or set(names) <= value.keys():
+                found.append(value)
+        at = body.find("{", end)
+    return found[0] if len(found) == 1 else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

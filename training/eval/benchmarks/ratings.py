@@ -15,6 +15,7 @@ from typing import Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
 from ..statistics import interval
+from .aggregate import mean_of
 from .compare import rank_correlation
 from .items import Item
 from .marks import ItemScore
@@ -86,6 +87,7 @@ def ins_align(ratings: Ratings, items: Sequence[Item], scored: Sequence[tuple[It
         )
     means = {name: sum(given.values()) / len(given) for name, given in ratings.scores.items()}
     low, high = interval(list(means.values()), "ratings", "ins_align")
+    bounds = mean_of(list(means.values()), len(items), 0.0, 1.0)
     groups: dict[str, list[float]] = {}
     raters: dict[str, list[float]] = {}
     for name, given in ratings.scores.items():
@@ -101,6 +103,8 @@ def ins_align(ratings: Ratings, items: Sequence[Item], scored: Sequence[tuple[It
         "mean": sum(means.values()) / len(means),
         "low": low,
         "high": high,
+        "at_least": bounds["at_least"],
+        "at_most": bounds["at_most"],
         "groups": {name: {"n": len(own), "mean": sum(own) / len(own)} for name, own in groups.items()},
         "raters": {name: {"n": len(own), "mean": sum(own) / len(own)} for name, own in sorted(raters.items())},
         "proxy": {"n": len(pairs), "spearman": rank_correlation(*zip(*pairs, strict=True))} if pairs else None,

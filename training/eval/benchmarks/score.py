@@ -1,5 +1,5 @@
-"""`scores.json` of one judge: a function of the rows, the manifest and the options, and of nothing else but the pictures'
-differences to their sources, which it keeps beside."""
+"""`scores.json` of one judge: a function of the rows, the manifest and the options, and of nothing else but what is measured of
+the pictures, which is kept beside."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....reasonedit_core.errors import ConfigError, DataError
-from ....reasonedit_core.files import write_json, write_whole
-from ...data.label.annotators import Shown as Picture
-from ...data.label.annotators import shown
+from ....reasonedit_core.files import write_json
 from .aggregate import rule_of, summarise
+from .differences import masks_of, measure, pixel_means
 from .generate import run_facts
 from .items import Item, Manifest
 from .judge import ABOUT, ANCHORS, JUDGEMENTS
 from .judges import read_rows
 from .marks import HEADLINE, ItemScore, Options, score_item, worst
-from .outputs import OUTPUTS, find_all, find_output
 from .protocols import IDENTITY
 from .ratings import Ratings, ins_align
 
 if TYPE_CHECKING:
     from .embeddings import Scorers
 
-SCORES, PIXELS = "scores.json", "pixels.jsonl"
+SCORES, FORMAT = "scores.json", "reasonedit.scores/2"
 
 MISSING = ("skip", "zero", "error")
-"""What a missing picture counts as: no score (shown as n_scored/n), the worst score, or an error."""
+"""What a missing or damaged picture counts as: no score (shown as n_scored/n), the worst score, or an error."""
 
 QUIRKS = ("gedit", "imgedit", "rise")
 """Benchmarks of whose official scripts a fault in scoring can be repeated."""
@@ -75,8 +73,12 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
     options = Options(choice.clamp, choice.quirks, free)
     every = tuple(sorted({row["role"] for row in rows if str(row["role"]).startswith(f"{IDENTITY}_")}))
     scored = _scored(items, rows, options, choice.missing, every)
-    pictures = measure(manifest, run, items, choice.masks) if choice.pixels else {}
+    absent = _absent(rows) & {item.id for item in items}
+    pictures = measure(manifest, run, items, choice.masks) if choice.pixels else None
+    features = _features(manifest, run, items, choice)
+    damaged = {row["item"]: row.get("note", "") for row in rows if row["status"] == "damaged" and row["item"] in absent}
     told = {
+        "format": FORMAT,
         **{key: about[key] for key in ("bench", "protocol", "prompts", "judge", "endpoint", "questions", "manifest")},
         "aggregate": name,
         "lang": choice.lang or items[0].lang,
@@ -84,14 +86,16 @@ def score_judged(manifest: Manifest, run: Path, folder: Path, choice: Choice) ->
         "resized": bool(about.get("resized")),
         "clamp": choice.clamp if manifest.bench == "imgedit" else None,
         "missing": choice.missing,
+        "absent": len(absent),
+        "damaged": {**(features or {}).get("damaged", {}), **(pictures.damaged if pictures else {}), **damaged},
         "run": run_facts(run, [item.id for item in items]),
         "answers": dict(Counter(row["status"] for row in rows if row.get("anchor") is None)),
         "n_clamped": sum(score.clamped for _, score in scored),
         "headline": HEADLINE[manifest.bench],
         **summarise(rule, scored),
         "intersection": _intersection(rule, scored),
-        "pixels": _pixel_means(pictures.values()),
-        "features": _features(manifest, run, items, choice),
+        "pixels": pixel_means(pictures) if pictures else None,
+        "features": features,
         "ins_align": ins_align(choice.ratings, items, scored) if choice.ratings else None,
         "anchors": {anchor: _anchor(rule, manifest, rows, anchor, options, every) for anchor in ANCHORS},
         "items": [
@@ -115,8 +119,8 @@ def read_scores(path: Path) -> dict[str, Any]:
         )
     try:
         told = json.loads(paths[0].read_text(encoding="utf-8"))
-        if not {"bench", "judge", "overall", "items"} <= told.keys():
-            raise ValueError("keys are missing")
+        if told.get("format") != FORMAT or not {"bench", "judge", "overall", "items"} <= told.keys():
+            raise ValueError(f"its format is {told.get('format')!r}, not {FORMAT}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{paths[0]}: expected scores, found none ({error}). Run `reasonedit-eval score` again.") from error
     return told | {"path": str(paths[0])}
@@ -142,7 +146,7 @@ def _in_one_language(items: Sequence[Item], lang: str | None) -> list[Item]:
 def _scored(
     items: Sequence[Item], rows: Sequence[Mapping[str, Any]], options: Options, missing: str, every: Sequence[str]
 ) -> list:
-    marks, absent = _marks(rows, None), {row["item"] for row in rows if row["status"] == "missing"}
+    marks, absent = _marks(rows, None), _absent(rows)
     if missing == "error" and absent:
         some = ", ".join(sorted(absent)[:5])
         raise DataError(
@@ -153,6 +157,11 @@ def _scored(
         (item, worst(item, options, every) if item.id in lost else score_item(item, marks.get(item.id, {}), options, every))
         for item in items
     ]
+
+
+def _absent(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Items without a picture, or with one that cannot be decoded, which is none."""
+    return {row["item"] for row in rows if row["status"] in ("missing", "damaged")}
 
 
 def _marks(rows: Sequence[Mapping[str, Any]], anchor: str | None) -> dict[str, dict[str, Mapping[str, int] | None]]:
@@ -182,7 +191,7 @@ def _features(manifest: Manifest, run: Path, items: Sequence[Item], choice: Choi
         return None
     from .embeddings import measure_features
 
-    return measure_features(manifest, run, items, choice.scorers)
+    return measure_features(manifest, run, items, choice.scorers, masks_of(manifest, items, choice.masks))
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -192,72 +201,3 @@ def _about(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder}: expected what `reasonedit-eval judge` writes, found none ({error}). Judge the run."
         ) from error
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------------
-
-
-def measure(manifest: Manifest, run: Path, items: Sequence[Item], masks: Path | None = None) -> dict[str, dict[str, Any]]:
-    """item -> how its picture differs from its (first) source, brought to the source's size. Kept in pixels.jsonl of the run,
-    and measured anew only where a picture is another one.
-
-    For an item with a mask, in `masks` or else in the benchmark, also `outside`: the same where its mask is black, so that
-    nothing may change. Raises ConfigError where no item has one in `masks`, DataError for a mask that is white all over.
-    """
-    path, known = run / PIXELS, {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            known[row["item"]] = row
-    found = {}
-    masked = find_all(masks, items).found if masks else {}
-    for item in items:
-        edited = find_output(run / OUTPUTS, item)
-        if edited is None:
-            continue
-        path_of = masked.get(item.id) or manifest.picture(item, "mask")
-        mask = None if path_of is None else shown(path_of)
-        a, b = shown(manifest.sources(item)[0]), shown(edited)
-        row, of = known.get(item.id), {"source": a.sha256, "edited": b.sha256, "mask": mask and mask.sha256}
-        if row is None or any(row.get(name) != sha for name, sha in of.items()):
-            row = {"item": item.id, **of, **_differences(a, b, mask)}
-        found[item.id] = row
-    if {**known, **found} != known:
-        lines = [json.dumps(row, ensure_ascii=False) for row in {**known, **found}.values()]
-        write_whole(path, "".join(line + "\n" for line in lines).encode())
-    return found
-
-
-def _differences(source: Picture, edited: Picture, mask: Picture | None) -> dict[str, Any]:
-    from . import pixels
-
-    one, two = pixels.read_picture(source.path), pixels.read_picture(edited.path, source.size)
-    row: dict[str, Any] = {"size": list(edited.size), **pixels.compare(one, two)}
-    if mask is None:
-        return row
-    outside = pixels.read_mask(mask.path, source.size)
-    row["outside"] = {name: value for name, value in pixels.compare(one, two, outside).items() if name != "shift"}
-    return row
-
-
-def _pixel_means(rows: Any) -> dict[str, Any] | None:
-    from .pixels import NO_OP
-
-    rows = list(rows)
-    if not rows:
-        return None
-    told: dict[str, Any] = {
-        "n": len(rows),
-        "no_op_below": NO_OP,
-        "no_op_rate": sum(row["l1"] <= NO_OP for row in rows) / len(rows),
-        **_means(rows, ("l1", "psnr", "ssim", "shift")),
-    }
-    outside = [row["outside"] for row in rows if row.get("outside")]
-    if outside:
-        told["outside"] = {"n": len(outside), **_means(outside, ("l1", "psnr", "ssim"))}
-    return told
-
-
-def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
-    values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    return {name: sum(each) / len(each) if each else None for name, each in values.items()}

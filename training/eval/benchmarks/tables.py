@@ -1,7 +1,8 @@
 """The table of several runs of one benchmark, in the papers' column order, with published rows beside it.
 
 A published row is in italics and names its source; it was judged by another judge on another day. Ours name judge, protocol,
-aggregation and n_scored/n. Numbers of different judges do not compare, so runs with several are told apart in a remark.
+aggregation, language and n_scored/n, and what was chosen where there is a choice: what a missing picture counts as, whether
+marks are clamped, whether official faults are repeated. What does not compare is told apart in a remark.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -53,26 +54,35 @@ COLUMNS: Mapping[str, tuple[tuple[str, str], ...]] = {
 @dataclass(frozen=True, slots=True)
 class Row:
     """values: by key of COLUMNS; facts: judge, protocol, n and so on, hardly any for a published row; source: its tag, None for
-    ours."""
+    ours; counts: n_scored/n of a value or a fact, by its key."""
 
     name: str
     values: Mapping[str, float]
     facts: Mapping[str, str]
     source: str | None = None
+    counts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """remarks: sentences that belong under it."""
+    """remarks: sentences that belong under it; facts: names of those that are columns, in their order; title: what stands above
+    it, the benchmark where it is left out; whole: a count is shown where nothing is missing as well."""
 
     bench: str
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    title: str = ""
+    whole: bool = False
 
 
 FACTS = (
     "95 % interval",
     "n",
+    "lang",
+    "missing",
+    "damaged",
+    "clamp",
     "bounds",
     "zeros",
     "identity",
@@ -89,13 +99,17 @@ FACTS = (
 )
 
 
+PUBLISHED_LANG = "en"
+"""Of GEdit's two; the papers print the English set."""
+
+
 def make_table(runs: Mapping[str, Mapping[str, Any]], references: bool) -> Table:
     """runs: name -> scores.json. ConfigError for runs of two benchmarks."""
     benches = sorted({scores["bench"] for scores in runs.values()})
     if len(benches) != 1:
         raise ConfigError(f"expected runs of one benchmark, found {' and '.join(benches) or 'none'}. Report them one by one.")
     (bench,) = benches
-    ours = [Row(name, values_of(scores), _facts(scores)) for name, scores in runs.items()]
+    ours = [Row(name, values_of(scores), _facts(scores), None, counts_of(scores)) for name, scores in runs.items()]
     published = [_published(each) for each in published_rows(bench)] if references else []
     return Table(bench, (*ours, *published), tuple(_remarks(runs, published)))
 
@@ -103,25 +117,36 @@ def make_table(runs: Mapping[str, Mapping[str, Any]], references: bool) -> Table
 def _published(told: Mapping[str, Any]) -> Row:
     """KRIS rows say which aggregation their overall follows, as far as one does."""
     rule = {"aggregate": "neither" if told["rule"] == "none" else told["rule"]} if "rule" in told else {}
-    return Row(told["model"], told["values"], rule, told["source"])
+    lang = {"lang": PUBLISHED_LANG} if told["bench"] == "gedit" else {}
+    return Row(told["model"], told["values"], {**rule, **lang}, told["source"])
 
 
 def values_of(scores: Mapping[str, Any]) -> dict[str, float]:
     """The values of a scores.json by key of COLUMNS; those that are not scored are left out."""
+    return {key: row["mean"] for key, row in _rows_of(scores).items() if row["mean"] is not None}
+
+
+def counts_of(scores: Mapping[str, Any]) -> dict[str, str]:
+    """n_scored/n of `values_of`."""
+    return {key: f"{row['n_scored']}/{row['n']}" for key, row in _rows_of(scores).items() if row["mean"] is not None}
+
+
+def _rows_of(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Key of COLUMNS -> row with mean, n and n_scored."""
     bench, main = scores["bench"], HEADLINE[scores["bench"]]
-    found = {name: row["mean"] for name, row in scores["overall"].items()}
-    if bench != "gedit":
-        found["overall"] = found.pop(main, None)
+    found = dict(scores["overall"])
+    if bench != "gedit" and main in found:
+        found["overall"] = found.pop(main)
     blocks = scores["types"] if bench == "kris" else {} if bench == "gedit" else scores["groups"]
     for block, metrics in blocks.items():
         key = next((key for key, _ in COLUMNS[bench] if key == block.lower() or key == f"{block.lower()}_reasoning"), None)
         if key and main in metrics:
-            found[key] = metrics[main]["mean"]
+            found[key] = metrics[main]
     if scores.get("ins_align"):
-        found["ins_align"] = scores["ins_align"]["mean"]
+        found["ins_align"] = scores["ins_align"]
     if scores.get("features") and "clip_t" in scores["features"]:
-        found["clip"] = scores["features"]["clip_t"]["mean"]
-    return {key: found[key] for key, _ in COLUMNS[bench] if found.get(key) is not None}
+        found["clip"] = scores["features"]["clip_t"]
+    return {key: found[key] for key, _ in COLUMNS[bench] if key in found}
 
 
 def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
@@ -129,6 +154,10 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
     digits = SCALES[scores["bench"]][HEADLINE[scores["bench"]]].decimals
     facts = {
         "n": f"{row['n_scored']}/{row['n']}",
+        "lang": scores["lang"] if scores["bench"] == "gedit" else "",
+        "missing": _missing(scores),
+        "damaged": str(len(scores["damaged"])) if scores["damaged"] else "",
+        "clamp": {None: "", True: f"{scores['n_clamped']} lowered", False: "off"}[scores["clamp"]],
         "judge": scores["judge"],
         "protocol": scores["protocol"]
         + (f" ({scores['prompts'][:8]})" if scores["prompts"] else "")
@@ -148,7 +177,7 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
     if (kept := scores["overall"].get(IDENTITY)) and kept["mean"] is not None:
         facts["identity"] = f"{kept['mean']:.2f}"
     if pixels and pixels.get("outside"):
-        facts["outside L1"] = f"{pixels['outside']['l1']:.4f}"
+        facts["outside L1"] = f"{pixels['outside']['l1']['mean']:.4f}"
     if row["mean"] is not None:
         facts["95 % interval"] = f"[{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     if row["n_scored"] < row["n"]:
@@ -156,15 +185,45 @@ def _facts(scores: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
+def _missing(scores: Mapping[str, Any]) -> str:
+    """What became of items without a picture; with `zero` they are in n_scored, so that n alone would hide them."""
+    if not scores["absent"]:
+        return ""
+    return f"{scores['absent']} {'counted as the worst' if scores['missing'] == 'zero' else 'left out'}"
+
+
+_ALIKE = {
+    "judge": "judge",
+    "protocol": "protocol",
+    "questions": "questions",
+    "aggregate": "aggregate",
+    "manifest": "manifest",
+    "lang": "language (lang)",
+    "clamp": "clamping (--no-clamp)",
+    "missing": "handling of missing pictures (--missing)",
+    "quirks": "repeated faults (--quirks)",
+}
+"""Keys of scores.json that are the same in runs that compare -> what they are called."""
+
+
 def _remarks(runs: Mapping[str, Mapping[str, Any]], published: Sequence[Row]) -> list[str]:
     remarks = []
-    for key in ("judge", "protocol", "questions", "aggregate", "manifest"):
+    for key, words in _ALIKE.items():
+        if key == "missing" and not any(scores["absent"] for scores in runs.values()):
+            continue
         found = sorted({str(scores[key]) for scores in runs.values()})
         if len(found) > 1:
-            remarks.append(f"These runs differ in their {key} ({', '.join(each[:40] for each in found)}): they do not compare.")
+            told = ", ".join(each[:40] for each in found)
+            remarks.append(f"These runs differ in their {words} ({told}): they do not compare.")
     if any(scores["protocol"].endswith("-re") for scores in runs.values()):
         remarks.append("The judge was asked in this project's own words; these are not the benchmark's official scores.")
+    if any(scores["clamp"] is False for scores in runs.values()):
+        remarks.append("clamp off: marks may exceed the first one, which the benchmark's rubric does not allow.")
+    if any(scores["quirks"] for scores in runs.values()):
+        remarks.append("With official faults: faults of the official script are repeated; to be held against its numbers only.")
     if published:
+        if any(scores["bench"] == "gedit" and scores["lang"] != PUBLISHED_LANG for scores in runs.values()):
+            remarks.append("Published rows of GEdit are of its English set; rows of another language do not compare with them.")
         tags = sorted({str(row.source) for row in published})
         told = _references()["sources"]
         remarks.append(
@@ -197,16 +256,23 @@ def published_curves(bench: str) -> list[dict[str, Any]]:
 # ---- forms -----------------------------------------------------------------------------------------------------------------
 
 
-def cells_of(table: Table) -> tuple[list[str], list[tuple[Row, list[str]]]]:
+def cells_of(table: Table, counted: bool = True) -> tuple[list[str], list[tuple[Row, list[str]]]]:
+    """(heads, row -> cells). counted: n_scored/n stands in the cell, where something is missing or the table shows all."""
     there = {key for row in table.rows for key in row.values}
     columns = [(key, head) for key, head in COLUMNS[table.bench] if key in there]
-    facts = [name for name in FACTS if any(row.facts.get(name) for row in table.rows)]
+    facts = [name for name in table.facts or FACTS if any(row.facts.get(name) for row in table.rows)]
     digits = SCALES[table.bench][HEADLINE[table.bench]].decimals
+
+    def cell(row: Row, key: str, text: str) -> str:
+        count = row.counts.get(key) if counted and text else None
+        one, _, all_ = (count or "").partition("/")
+        return f"{text} ({count})" if count and (table.whole or one != all_) else text
+
     body = [
         (
             row,
-            [f"{row.values[key]:.{digits}f}" if key in row.values else "" for key, _ in columns]
-            + [row.facts.get(name, "") for name in facts],
+            [cell(row, key, f"{row.values[key]:.{digits}f}" if key in row.values else "") for key, _ in columns]
+            + [cell(row, name, row.facts.get(name, "")) for name in facts],
         )
         for row in table.rows
     ]
@@ -216,7 +282,7 @@ def cells_of(table: Table) -> tuple[list[str], list[tuple[Row, list[str]]]]:
 def markdown(table: Table) -> str:
     """The table and its remarks."""
     head, body = cells_of(table)
-    lines = [f"### {table.bench}", "", f"| system | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
+    lines = [f"### {table.title or table.bench}", "", f"| system | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
     for row, cells in body:
         name = row.name if row.source is None else f"*{row.name} [{row.source}]*"
         shown = cells if row.source is None else [cell and f"*{cell}*" for cell in cells]
@@ -229,13 +295,21 @@ def _plain(cell: str) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """The table; `source` is empty for our own rows."""
-    head, body = cells_of(table)
+    """The table; `source` is empty for our own rows. Numbers stand alone, and behind all others one column for each that has
+    counts: its head and `n_scored/n`."""
+    head, body = cells_of(table, counted=False)
+    keys = {name: key for key, name in COLUMNS[table.bench]}
+    counted = [name for name in head if any(_count(row, keys, name) for row in table.rows)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["system", "source", *head])
-    writer.writerows([row.name, row.source or "", *cells] for row, cells in body)
+    writer.writerow(["system", "source", *head, *(f"{name} n_scored/n" for name in counted)])
+    for row, cells in body:
+        writer.writerow([row.name, row.source or "", *cells, *(_count(row, keys, name) for name in counted)])
     return out.getvalue()
+
+
+def _count(row: Row, keys: Mapping[str, str], name: str) -> str:
+    return row.counts.get(keys.get(name, name)) or row.counts.get(name, "")
 
 
 def latex(table: Table) -> str:
