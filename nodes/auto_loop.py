@@ -20,9 +20,9 @@ from . import host
 from .edit import Preview
 from .host import io
 from .outcome import all_rounds, picked, policy_of, report_of, result_outputs, settings_inputs
-from .sockets import EditorHandle, History, HistoryRound, ReasonerHandle, Verdict, alpha_of, to_image, to_picture
+from .sockets import EditorHandle, History, HistoryRound, ReasonerHandle, Verdict, alpha_of, to_image, to_picture, to_shortcuts
 from .think import require
-from .widgets import generation_inputs, no_text, scores_input, seed_input
+from .widgets import generation_inputs, no_text, scores_input, seed_input, shortcut_inputs
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,7 @@ class AutoLoop(io.ComfyNode):
                 io.Image.Input("reference_2", optional=True, tooltip="A second picture (Qwen-Image-Edit-2509 and -2511 only)."),
                 io.Image.Input("reference_3", optional=True, tooltip="A third picture (Qwen-Image-Edit-2509 and -2511 only)."),
                 scores_input(),
+                *shortcut_inputs(),
             ],
             outputs=result_outputs(),
             hidden=host.WHO,
@@ -181,6 +182,9 @@ class AutoLoop(io.ComfyNode):
         reference_2=None,
         reference_3=None,
         scores="always",
+        guidance_low=0.0,
+        guidance_high=1.0,
+        step_cache=0,
     ) -> io.NodeOutput:
         """Run the core's loop."""
         rules, watch, rounds = policy_of(policy, on_failed, revise, accept, doubt), host.Watch(cls.hidden), Rounds()
@@ -201,6 +205,7 @@ class AutoLoop(io.ComfyNode):
             max_seconds=max_seconds or None,
             think=think,
             reflect=reflect,
+            **to_shortcuts(guidance_low, guidance_high, step_cache),
         )
         asked = _Asked(reasoner, require(reasoner).under(policy), rounds.feedback) if think or reflect else None
         try:

@@ -14,8 +14,8 @@ from ..reasonedit_core.loop import POLICIES
 from ..reasonedit_core.types import Edited, EditRequest
 from . import host
 from .host import EditedSocket, EditorSocket, io
-from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures, to_regions
-from .widgets import generation_inputs, policy_input, previous_input, region_inputs, seed_input
+from .sockets import EditorHandle, Made, alpha_of, to_image, to_pictures, to_regions, to_shortcuts
+from .widgets import generation_inputs, policy_input, previous_input, region_inputs, seed_input, shortcut_inputs
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def edit_all(
     should_stop: Callable[[], bool] | None = None,
     **values,
 ) -> Made:
-    """Edit every picture of an IMAGE, each with its own seed (seed + its index). values: steps, guidance, size, negative.
+    """Edit every picture of an IMAGE, each with its own seed (seed + its index). values: steps, guidance, size, negative, and
+    what `to_shortcuts` gives.
 
     previous: what an earlier Edit made; its latents are used when `image` is its very picture. references: IMAGEs, of one
     picture for all or of one for each. region: off, auto or mask; region_mask: MASKs (B, H, W) for the last, as references.
@@ -141,6 +142,7 @@ class Edit(io.ComfyNode):
                     "reference_3", optional=True, tooltip="A third picture to refer to (Qwen-Image-Edit-2509 and -2511 only)."
                 ),
                 *region_inputs(),
+                *shortcut_inputs(),
             ],
             outputs=[
                 io.Image.Output("out_image", display_name="image", tooltip="The edited picture, of the size of the input."),
@@ -175,6 +177,9 @@ class Edit(io.ComfyNode):
         reference_3=None,
         region="off",
         region_mask=None,
+        guidance_low=0.0,
+        guidance_high=1.0,
+        step_cache=0,
     ) -> io.NodeOutput:
         """Edit."""
         if previous is None and (remark := editor.remark(image)):
@@ -197,5 +202,6 @@ class Edit(io.ComfyNode):
                 guidance=guidance,
                 size=size,
                 negative=negative,
+                **to_shortcuts(guidance_low, guidance_high, step_cache),
             )
         return io.NodeOutput(made.image, made)

@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy
 import comfy.latent_formats
@@ -22,6 +23,9 @@ from PIL import Image
 
 from ..reasonedit_core.errors import Interrupted
 from . import brain_values, expand, sockets, streaming
+
+if TYPE_CHECKING:
+    from ..reasonedit_core.kernels.dispatch import Run
 
 __all__ = ["ROOT", "ComfyExtension", "io", "ui"]
 
@@ -135,6 +139,51 @@ def choose_dtype(name: str) -> str:
     if mm.should_use_bf16(device):
         return "bfloat16"
     return "float16" if mm.should_use_fp16(device) else "float32"
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+
+def attention() -> Run | None:
+    """ComfyUI's attention, for a network on its device; None on the CPU."""
+    # There ComfyUI takes its sub-quadratic form, which is slower than torch's own and rounds otherwise: a graph and a script
+    # would no longer make the same bits.
+    return None if mm.is_device_cpu(compute_device()) else attend
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The attention that ComfyUI runs on now: by its flags (--use-sage-attention and the like), or what another pack put in
+    its place. q (B, T, H, D), k, v (B, S, Hk, D), mask bool, broadcastable to (B, H, T, S) -> (B, T, H, D).
+
+    Raises `Refused` where that function might not compute this very call. An `optimized_attention_override` hangs on a MODEL,
+    which our networks are not, so there is none to be asked.
+    """
+    import comfy.ldm.modules.attention as theirs
+
+    from ..reasonedit_core.kernels import Refused
+
+    function = theirs.optimized_attention if mask is None else theirs.optimized_attention_masked
+    name, by_torch = getattr(function, "__name__", repr(function)), function is theirs.attention_pytorch
+    heads, key_heads = q.shape[2], k.shape[2]
+    if key_heads != heads:
+        raise Refused(f"ComfyUI's {name} takes as many key heads as query heads, found {key_heads} and {heads}")
+    if mask is not None and not by_torch:
+        # SageAttention leaves a mask out without a word; the split and sub-quadratic forms and xformers add a bool one to the
+        # scores as 0 and 1; the flash form goes over to torch, with a warning for every call.
+        raise Refused(f"of ComfyUI's attention only attention_pytorch is known to take a bool mask, found {name}")
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]  # ComfyUI reads the first axis of three as the batch, the core as the heads
+    if not by_torch:
+        # SageAttention 1 takes the mean off its keys in place, and an edit with a region keeps them for later steps.
+        k = k.clone()
+    _note(name)
+    # Heads side by side, (B, T, H * D): all of ComfyUI's functions take that, some lose their way with the other layouts.
+    return function(q.flatten(2), k.flatten(2), v.flatten(2), heads, mask=mask).unflatten(2, (heads, -1))
+
+
+@lru_cache(maxsize=16)
+def _note(name: str) -> None:
+    log.info("attention of the transformer: ComfyUI's %s", name)
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------------

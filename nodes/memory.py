@@ -136,7 +136,8 @@ def reasoner_bytes(mllm: QwenVL, pixels: int = 1024 * 1024) -> int:
 
 
 def editor_bytes(editor: EditorHandle, plan: Plan, request: EditRequest | None = None) -> dict[str, int]:
-    """What one edit of the sizes of `plan` needs, by component. request: whether it has a region, whose keys are kept."""
+    """What one edit of the sizes of `plan` needs, by component. request: whether it has a region, whose keys are kept, and
+    whether it has guidance, whose passes may be one batch."""
     generator, mllm = editor.generator, editor.mllm
     transformer = generator.denoiser.transformer
     seen = sum(width * height for width, height in plan.mllm) // CELL + TEXT_TOKENS
@@ -145,13 +146,15 @@ def editor_bytes(editor: EditorHandle, plan: Plan, request: EditRequest | None =
     tokens = (output + sum(encoded)) // 256 + seen
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     vae = generator.codec.vae
+    passes = 1 if request is not None and request.guidance <= 1 else 2
     kept = 0
     if request is not None and request.region is not None:
         layers = transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
-        kept = 2 * layers * tokens * width * mllm.dtype.itemsize * (2 if request.guidance > 1 else 1)
+        kept = 2 * layers * tokens * width * mllm.dtype.itemsize * passes
+    at_once = tokens * passes if generator.batched_cfg else tokens
     return {
         "mllm": mllm_bytes(seen, mllm.config.get_text_config(), mllm.dtype.itemsize),
-        "dit": dit_bytes(tokens, width, mllm.dtype.itemsize) + kept,
+        "dit": dit_bytes(at_once, width, mllm.dtype.itemsize) + kept,
         "vae": vae_bytes(editor.system, max(output, *encoded), vae.dtype.itemsize),
     }
 

@@ -33,10 +33,12 @@ def load_editor(
     variant: str,
     loras: Sequence[Lora] = (),
     attention: str = AUTO,
+    batched_cfg: bool = False,
 ) -> tuple[EditorHandle, ReasonerHandle | None]:
     """The editor, and the reasoner that its own MLLM is; None where that has no lm_head.
 
-    loras: each goes to the transformer, the MLLM or both, as its keys say. attention: what computes that of the transformer.
+    loras: each goes to the transformer, the MLLM or both, as its keys say. attention: what computes that of the transformer;
+    auto takes ComfyUI's own on full steps. batched_cfg: both passes of guidance as one.
     """
     from dataclasses import replace
 
@@ -59,6 +61,8 @@ def load_editor(
             weights_dtype=weights_dtype,
             parts=parts,
             attention=attention,
+            host=host.attention() if attention == AUTO else None,
+            batched_cfg=batched_cfg,
             **_common(dialogue, dtype, loras),
         )
     )
@@ -275,9 +279,17 @@ class LoadEditor(io.ComfyNode):
                     list(ATTENTION),
                     default=AUTO,
                     optional=True,
-                    tooltip="What computes the attention of the transformer. auto takes the best that can run; interval (our "
-                    "own kernels, CUDA), sdpa (PyTorch), flash (flash-attn), sage (SageAttention) and kitchen (comfy-kitchen) "
-                    "where installed, and reference (slow) are taken as named. A change loads the model again.",
+                    tooltip="What computes the attention of the transformer. auto takes ComfyUI's own, as its flags choose it, "
+                    "and the best that can run where that cannot, as on a CPU; interval (our own kernels, CUDA), sdpa "
+                    "(PyTorch), flash (flash-attn), sage (SageAttention) and kitchen (comfy-kitchen) where installed, and "
+                    "reference (slow) are taken as named. A change loads the model again.",
+                ),
+                io.Boolean.Input(
+                    "batched_cfg",
+                    default=False,
+                    optional=True,
+                    tooltip="Both passes of guidance as one forward of two samples: the same picture to rounding, for more "
+                    "memory. A change loads the model again.",
                 ),
             ],
             outputs=[
@@ -301,11 +313,21 @@ class LoadEditor(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, checkpoint, text_encoder, vae, dialogue, dtype, weights_dtype, variant, loras=None, attention=AUTO
+        cls,
+        checkpoint,
+        text_encoder,
+        vae,
+        dialogue,
+        dtype,
+        weights_dtype,
+        variant,
+        loras=None,
+        attention=AUTO,
+        batched_cfg=False,
     ) -> io.NodeOutput:
         """Load."""
         how = {"dialogue": dialogue, "dtype": dtype, "weights_dtype": weights_dtype, "variant": variant, "attention": attention}
-        editor, reasoner = load_editor(checkpoint, text_encoder, vae, **how, loras=loras or ())
+        editor, reasoner = load_editor(checkpoint, text_encoder, vae, **how, loras=loras or (), batched_cfg=batched_cfg)
         if editor.notes:
             host.Watch(cls.hidden).show("\n".join(editor.notes))
         return io.NodeOutput(editor, reasoner)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ..reasonedit_core.errors import ConfigError
-from ..reasonedit_core.regions import Region
+from ..reasonedit_core.regions import GuidanceInterval, Region, StepCache
 from ..reasonedit_core.types import (
     Edited,
     EditRequest,
@@ -346,6 +346,15 @@ def to_regions(mode: str, mask: torch.Tensor | None, count: int) -> list[Region 
         )
     masks = mask.to(torch.float32).clamp(0, 1)
     return [Region(mask=masks[n if len(mask) == count else 0][None, None]) for n in range(count)]
+
+
+def to_shortcuts(low: float = 0.0, high: float = 1.0, every: int = 0) -> dict[str, GuidanceInterval | StepCache | None]:
+    """The fields of an `EditRequest` for guidance between two timesteps and for one computed step of `every`; None where that
+    is everywhere and all of them. Raises ConfigError for bounds in the wrong order."""
+    return {
+        "guidance_interval": None if (low, high) == (0, 1) else GuidanceInterval(low, high),
+        "step_cache": StepCache(every=every) if every else None,
+    }
 
 
 def to_image(pictures: Sequence[torch.Tensor], alpha: torch.Tensor | None = None) -> torch.Tensor:

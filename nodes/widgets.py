@@ -95,6 +95,30 @@ def region_inputs() -> list[Any]:
     ]
 
 
+def shortcut_inputs() -> list[Any]:
+    """Where guidance acts, and which steps are computed: all of them, unless the user asks for less."""
+    bounds = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": True}
+    return [
+        io.Float.Input(
+            "guidance_low",
+            default=0.0,
+            tooltip="Faster, not exact: guidance only at timesteps from guidance_low to guidance_high, where 1 is noise and 0 "
+            "the finished picture; one pass elsewhere. 0 and 1: everywhere.",
+            **bounds,
+        ),
+        io.Float.Input("guidance_high", default=1.0, tooltip="The upper end of it. 0 and 1: guidance everywhere.", **bounds),
+        io.Int.Input(
+            "step_cache",
+            default=0,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="Faster, not exact: after four steps only one of so many is computed, the others are extrapolated. 0: all "
+            "are computed. Not together with a region.",
+        ),
+    ]
+
+
 def no_text(name: str, value: Any, expected: str, remedy: str) -> bool | str:
     """The answer of `validate_inputs` for a text: a sentence when it is empty. A linked text is not known yet (None)."""
     if isinstance(value, str) and not value.strip():

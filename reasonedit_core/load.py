@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .dialogue.prompts import PackChoice
     from .generator import FlowGenerator
     from .interfaces import Reasoner, Speaker
+    from .kernels.dispatch import Run
     from .mllm.qwen25vl import QwenVL
     from .offload import Mover
 
@@ -64,7 +65,8 @@ class SystemSpec:
     weights are then loaded to the CPU. tokenizer: for a `qwen:FILE`. attention: "auto", or the backend of every attention of
     the DiT, one of `kernels.chosen.names()`. compiled: the DiT's blocks by torch.compile. brain: of ReasonBrain, in place of
     what its `reasonbrain.json` states (fields of `brain.layout.BrainSettings`: segmenter, extractor, switches,
-    image_guidance).
+    image_guidance). host: with attention "auto", the attention of an application that this runs in (`kernels.dispatch.Run`),
+    for the full steps of S and Q; it may raise `kernels.Refused`.
     """
 
     system: str
@@ -89,6 +91,7 @@ class SystemSpec:
     attention: str = "auto"
     compiled: bool = False
     brain: Mapping[str, Any] = field(default_factory=dict)
+    host: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +255,7 @@ def _load_step1x(spec: SystemSpec, progress: _Progress) -> System:
     codec = KLCodec(vae)
     generator = FlowGenerator(
         conditioner,
-        Step1XDenoiser(transformer, variant, counts=counts, backend=spec.attention),
+        Step1XDenoiser(transformer, variant, counts=counts, host=spec.host, backend=spec.attention),
         codec,
         read_schedule(parts, flow.STEP1X),
         geometry=Step1XGeometry(variant, settings.multiple, codec.patch),
@@ -305,7 +308,7 @@ def _load_qwen_image(spec: SystemSpec, progress: _Progress) -> System:
     codec = QwenCodec(vae)
     generator = FlowGenerator(
         conditioner,
-        QwenImageDenoiser(transformer, counts=counts, backend=spec.attention),
+        QwenImageDenoiser(transformer, counts=counts, host=spec.host, backend=spec.attention),
         codec,
         flow.LIGHTNING if settings.schedule == "lightning" else read_schedule(parts, flow.QWEN),
         geometry=QwenGeometry(plus, settings.condition_area, settings.multiple, codec.patch),

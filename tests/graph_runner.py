@@ -157,15 +157,26 @@ class _Finder:
             module.LatentPreviewMethod = SimpleNamespace(NoPreviews=None)
         elif module.__name__ == "comfy.model_management":
             module.processing_interrupted = lambda: False
+            module.is_device_cpu = lambda device: getattr(device, "type", "cpu") == "cpu"
             module.InterruptProcessingException = type("InterruptProcessingException", (Exception,), {})
         elif module.__name__ == "comfy.utils":
             module.ProgressBar = lambda total: SimpleNamespace(update_absolute=lambda *args: None)
+        elif module.__name__ == "comfy.ldm.modules.attention":
+            module.attention_pytorch = module.optimized_attention = module.optimized_attention_masked = attention_pytorch
         elif module.__name__ == "comfy_execution.caching":
             module.__class__ = types.ModuleType  # is asked what it does not have
         elif module.__name__ == "comfy_execution.utils":
             module.get_executing_context = lambda: None
         elif module.__name__ == "nodes":
             module.NODE_CLASS_MAPPINGS = {}
+
+
+def attention_pytorch(q, k, v, heads, mask=None, **_options):
+    """ComfyUI's function of that name: q, k, v (B, N, H * D), mask as torch takes it or None -> (B, N, H * D)."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def install_host() -> dict[str, type]:

@@ -160,7 +160,7 @@ def test_graph_auto_loop_and_script_make_the_same_bits(server, system):
     asked = json.dumps([system, str(weights), REPLIES, VALUES, SEED])
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     env = {**os.environ, "PYTHONPATH": str(_as_package(server.base)), "OMP_NUM_THREADS": "1"}
-    script = subprocess.run([python, "-c", SCRIPT, asked], env=env, capture_output=True, text=True, timeout=120)
+    script = subprocess.run([python, "-c", SCRIPT, asked], env=env, capture_output=True, text=True, timeout=600)
     assert script.stdout.split()[:2] == [wired["sha256"][0], "2"], (script.stdout, script.stderr[-2000:])
 
     again = server.run(prompt)

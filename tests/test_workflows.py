@@ -188,7 +188,7 @@ def test_values_too_many_are_found_and_new_widgets_get_their_defaults(known):
     (node,) = [node for node in graph["nodes"] if node["type"] == "ReasonEdit_AutoLoop"]
     last = node["widgets_values"].pop()
     assert to_prompt(graph, known)[str(node["id"])]["inputs"]["max_seconds"] == last == 0
-    node["widgets_values"] += [last, "lazy", "one more"]
+    node["widgets_values"] += [last, "lazy", 0.0, 1.0, 0, "one more"]
     with pytest.raises(ValueError, match="values for"):
         to_prompt(graph, known)
     node["widgets_values"].remove("fixed")
