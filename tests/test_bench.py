@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from reasonedit.reasonedit_core.bench import arms, command, counted, full, report, timed, weights
-from reasonedit.reasonedit_core.bench.clock import deviation, interleave, summary
-from reasonedit.reasonedit_core.bench.peers import EDITPLUS, STEP1X, Peers, Place
+from reasonedit.reasonedit_core.bench import (
+    arms,
+    ceilings,
+    command,
+    counted,
+    full,
+    options,
+    peer_editplus,
+    peer_reflect,
+    report,
+    timed,
+    weights,
+)
+from reasonedit.reasonedit_core.bench.clock import Budget, deviation, interleave, summary
+from reasonedit.reasonedit_core.bench.peers import EDITPLUS, REGIONE, STEP1X, Peers, Place
 from reasonedit.reasonedit_core.bench.script import Listening, one_round, three_rounds
 from reasonedit.reasonedit_core.bench.small import write_pictures
 from reasonedit.reasonedit_core.bench.split import PARTS, TRANSFORMER, Inside, Split
 from reasonedit.reasonedit_core.bench.timed import Arm, Found, Group, Options, lacking, run_group
-from reasonedit.reasonedit_core.bench.worker import ArmFailed, Worker, forced, steps_of
+from reasonedit.reasonedit_core.bench.worker import ArmFailed, TooSlow, Worker, forced, steps_of
 from reasonedit.reasonedit_core.cli import main
 from reasonedit.reasonedit_core.interfaces import Query
+from reasonedit.reasonedit_core.kernels import select
 from reasonedit.reasonedit_core.reasoners.scripted import ScriptedSpeaker
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the arm of these tests is a shell script")
@@ -54,6 +70,18 @@ def test_ratios_are_medians_over_rounds():
     assert deviation([1, 1, 9, 2]) == 0.5
 
 
+def test_a_budget_ends_the_rounds_but_never_the_first():
+    """No round begins that by the longest so far would not end in time; a comparison without any round says nothing."""
+    calls = []
+    taking_turns = {"a": lambda number: calls.append(number) or {"total": 1.0}}
+    assert len(interleave(taking_turns, 5, budget=Budget(0))["a"]) == 1 and calls == [0, 1]
+    assert len(interleave(taking_turns, 5, budget=Budget())["a"]) == 5
+    spent = Budget(10.0, start=time.monotonic() - 4)
+    assert (
+        spent.spent >= 4 and spent.left <= 6 and Budget(1.0, start=time.monotonic() - 4).left == 0 and Budget().left == math.inf
+    )
+
+
 # ---- arms as processes ---------------------------------------------------------------------------------------------------
 
 
@@ -61,9 +89,9 @@ def test_ratios_are_medians_over_rounds():
 def speaker(tmp_path):
     """name -> an interpreter that is a shell script: it ignores what it shall run and follows the protocol as told."""
 
-    def make(name: str, *, seconds: str = "0.5", load: str = "", run: str = "") -> Place:
+    def make(name: str, *, seconds: str = "0.5", load: str = "", run: str = "", about: str = '{"about": 1}') -> Place:
         path = tmp_path / name
-        lines = ["#!/bin/sh", "echo chatter >&2", load, """echo '{"about": 1}'""", "while read number; do", run]
+        lines = ["#!/bin/sh", "echo chatter >&2", load, f"echo '{about}'", "while read number; do", run]
         lines += [f"""echo "{{\\"total\\": {seconds}, \\"number\\": $number}}";""", "done"]
         path.write_text("\n".join(lines) + "\n")
         path.chmod(0o755)
@@ -89,7 +117,7 @@ def test_a_worker_that_fails_says_why(speaker):
         broken.ready(20)
     broken.close()
     silent = Worker("any.module", {}, python=speaker("silent", load="sleep 60").python)
-    with pytest.raises(ArmFailed, match="did not load within 0 s"):
+    with pytest.raises(TooSlow, match="did not load within 0 s"):
         silent.ready(0.2)
     silent._process.kill()
     silent.close()
@@ -113,6 +141,72 @@ def test_a_group_runs_what_it_can_and_names_what_it_cannot(speaker):
     why = {one["arm"]: one["missing"] for one in found.not_run}
     assert why.keys() == {"unable", "dies", "absent"}
     assert why["absent"] == "a checkout" and "out of memory" in why["dies"] and "could not load" in why["unable"]
+
+
+@posix
+def test_a_part_that_cannot_run_is_named_and_a_total_of_parts_left_out(speaker):
+    place = speaker("parts", about='{"left_out": {"flex": "no Triton"}}')
+    found = run_group(Group("g", (Arm("parts", job={"apart": True}, place=place),), ()), Options(rounds=1))
+    assert found.not_run == ({"group": "g", "arm": "parts, flex", "missing": "no Triton"},)
+    assert [entry["part"] for entry in found.timed] == ["number"], "all that it said beside the total"
+
+
+@pytest.fixture
+def clockless(monkeypatch):
+    """Workers without processes and a budget without a clock. An arm whose job has `stuck_in` never ends that run, or with
+    "load" never loads, whatever time it is given, which is then over."""
+    budget = types.SimpleNamespace(left=90.0)
+    limits = []
+
+    class Stand:
+        def __init__(self, module, job, **place):
+            self.job = job
+
+        def work(self, what, limit):
+            limits.append(limit)
+            if self.job.get("stuck_in") == what:
+                budget.left -= limit
+                raise TooSlow(f"it did not end within {limit:.0f} s")
+
+        def ready(self, limit):
+            self.work("load", limit)
+            return {}
+
+        def run(self, number, limit):
+            self.work(number, limit)
+            return {"total": 1.0}
+
+        def dismiss(self):
+            pass
+
+        def close(self, seconds):
+            pass
+
+    monkeypatch.setattr(timed, "Worker", Stand)
+    return budget, limits
+
+
+@pytest.mark.parametrize(("stuck_in", "rounds"), [("load", 3), (0, 0), (1, 0), (3, 2)])
+def test_what_the_time_is_not_enough_for_is_out_of_time(clockless, stuck_in, rounds):
+    """A group's share bounds loading, the budget of the command bounds runs. Rounds that all arms had ended count."""
+    budget, limits = clockless
+    group = Group("g", (Arm("stuck", job={"stuck_in": stuck_in}), Arm("quick")), ("quick",))
+    found = run_group(group, Options(rounds=3), budget=budget, share=Budget(60.0))
+    assert all(limit <= 60.0 for limit in limits[:2]) and all(limit == 90.0 for limit in limits[2:] if stuck_in != "load")
+    left_out = {"stuck"} if stuck_in == "load" else set() if rounds else {"stuck", "quick"}
+    assert {one["arm"] for one in found.not_run} == left_out
+    assert all(one["missing"].startswith("out of time") for one in found.not_run)
+    assert {entry["arm"]: len(entry["times"]) for entry in found.timed} == (
+        {name: rounds for name in ("stuck", "quick") if name not in left_out} if rounds else {}
+    )
+
+
+def test_without_a_budget_an_arm_that_takes_too_long_is_its_own_fault(clockless):
+    """The usual limits hold, the others go on, and time is not what there was too little of."""
+    _, limits = clockless
+    found = run_group(Group("g", (Arm("stuck", job={"stuck_in": 2}), Arm("quick")), ()), Options(rounds=2), budget=Budget())
+    assert found.not_run == ({"group": "g", "arm": "stuck", "missing": "it did not end within 600 s"},)
+    assert {entry["arm"]: len(entry["times"]) for entry in found.timed} == {"quick": 2} and set(limits) == {600.0}
 
 
 @pytest.mark.parametrize("backend", [None, "cudnn", "flash", "efficient", "math"])
@@ -173,16 +267,41 @@ def test_small_groups_name_every_arm_of_the_comparison(tmp_path, monkeypatch):
     s, q, *regions, reflection = timed.small_groups(tmp_path, Peers(), Options(rounds=1))
     assert s.baselines[0] == STEP1X and {arm.name for arm in s.arms if arm.missing is None} == {timed.OURS}
     for group in regions:
-        assert [arm.name for arm in group.arms] == [timed.OURS, *timed.REGION_ARMS] and group.baselines == (timed.OURS,)
-        assert all(arm.missing is None and arm.job["steps"] == 28 for arm in group.arms)
+        ours = [arm for arm in group.arms if arm.name != REGIONE]
+        assert [arm.name for arm in ours] == [timed.OURS, *timed.REGION_ARMS] and group.baselines == (timed.OURS,)
+        assert all(arm.missing is None for arm in ours) and all(arm.job["steps"] == 28 for arm in group.arms)
+    theirs = [arm for group in regions for arm in group.arms if arm.name == REGIONE]
+    assert len(theirs) == 1 and "--peers DIR" in theirs[0].missing, "beside our arms of ReasonEdit-S"
+    assert (theirs[0].job["words"], theirs[0].job["edited"]) == (timed.REGION_WORDS, timed.REGION_SHARE)
     assert all(arm.missing is None for arm in q.arms)
     assert {arm.name for arm in reflection.arms} == {"released reasoner", timed.STOCK, "ours", timed.ACCEPTED, timed.GUESSED}
     jobs = [arm.job for group in (s, q, *regions, reflection) for arm in group.arms if arm.job]
     json.dumps(jobs)  # they go to the processes as JSON
+    assert {job["sdpa"] for job in jobs} == {"flash"}, "one backend in all arms"
     assert len({job["out"] for job in jobs if "out" in job}) == sum("out" in job for job in jobs), "a folder for each arm"
     questions = timed.questions()
     assert list(questions) == ["describe", "score", "reflect", "edit_score", "quality_score"]
     assert [len(questions[task]["images"]) for task in questions] == [1, 1, 2, 2, 1], "as the released reasoner shows them"
+
+
+def test_regione_runs_beside_our_regions_where_there_is_a_card(monkeypatch):
+    monkeypatch.setattr(Peers, "regione", lambda self: Place("their python"))
+    for device, missing in (("cpu", "no CUDA device (RegionE's linear layers are Triton kernels)"), ("cuda", None)):
+        group = timed.region_group(lambda name, device=device, **more: {"device": device, **more}, "any", Peers())
+        theirs = group.arms[-1]
+        assert theirs.name == REGIONE and theirs.missing == missing
+        assert theirs.job["regione"] and theirs.job["steps"] == theirs.job["warm_steps"] == 28, "it knows no other number"
+    assert REGIONE not in {arm.name for arm in timed.region_group(lambda name, **more: dict(more), "any").arms}
+
+
+def test_a_cpu_has_no_choice_of_attention():
+    """Why small groups have no arm of our own choice: it would be the same arm again."""
+    q, k, v = (torch.randn(1, 40, 2, 32) for _ in range(3))
+    assert select("auto", q, k, v).name == "sdpa"
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    free = torch._fused_sdp_choice(*heads)
+    with forced(timed.SDPA["cpu"]):
+        assert torch._fused_sdp_choice(*heads) == free
 
 
 # ---- where time goes -----------------------------------------------------------------------------------------------------
@@ -348,13 +467,14 @@ def test_the_plot(tmp_path, monkeypatch):
     assert "matplotlib" in report.plot([ENTRY], tmp_path / "a.png") and not (tmp_path / "a.png").exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    assert report.plot([ENTRY, {**ENTRY, "group": "other", "ratio": None}], tmp_path / "new" / "a.png") is None
+    parts = [{**ENTRY, "group": "without a total", "part": part} for part in ("one", "two")]
+    assert report.plot([ENTRY, {**ENTRY, "group": "other", "ratio": None}, *parts], tmp_path / "new" / "a.png") is None
     assert (tmp_path / "new" / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.fixture
 def no_work(monkeypatch):
-    monkeypatch.setattr(counted, "measure", lambda peers: COUNTED)
+    monkeypatch.setattr(counted, "measure", lambda peers, budget: COUNTED)
 
 
 def test_counted_alone_prints_and_writes(tmp_path, monkeypatch, capsys, no_work):
@@ -403,7 +523,7 @@ def test_full_size_needs_its_option_and_a_card(monkeypatch, capsys, no_work):
 def test_full_size_groups_are_planned_within_ten_minutes(tmp_path):
     plan = full.plan(tmp_path, Peers())
     assert [group.name for group, _, _ in plan] == list(full.NAMES)
-    assert sum(about for _, _, about in plan) <= 700, "the last group is left out where the others took their time"
+    assert sum(about for _, _, about in plan) + full.COUNTING + options.RESERVE <= options.SECONDS == 600
     json.dumps([arm.job for group, _, _ in plan for arm in group.arms])
     edits = next(group for group, _, _ in plan if group.name.startswith("edit, ReasonEdit-S"))
     jobs = {arm.name: arm.job for arm in edits.arms if arm.job}
@@ -411,32 +531,46 @@ def test_full_size_groups_are_planned_within_ten_minutes(tmp_path):
     assert jobs[timed.OURS]["sdpa"] == jobs[STEP1X]["sdpa"] == "cudnn" and jobs[full.OWN_CHOICE]["sdpa"] is None
     regions = next(group for group, _, _ in plan if group.name.startswith("edit with a region"))
     asked = [(arm.job.get("region"), arm.job.get("reuse")) for arm in regions.arms]
-    assert asked == [(None, None), (0.25, False), (0.25, True)]
+    assert asked == [(None, None), (0.25, False), (0.25, True), (None, None)] and regions.arms[-1].name == REGIONE
     assert len({arm.job["out"] for arm in (*edits.arms, *regions.arms)}) == len((*edits.arms, *regions.arms))
+    edits_q = next(group for group, _, _ in plan if group.name.startswith("edit, ReasonEdit-Q"))
+    assert [arm.name for arm in edits_q.arms] == [EDITPLUS, timed.OURS, full.OWN_CHOICE]
+    assert [arm.job["sdpa"] for arm in edits_q.arms] == ["cudnn", "cudnn", None]
+    assert all(arm.missing is None and arm.job["tidy"] for arm in edits_q.arms), "diffusers is installed"
+    attention = next(group for group, _, _ in plan if group.name.startswith("ceilings"))
+    assert attention.baselines == (ceilings.FLEX,) and {arm.job["kind"] for arm in attention.arms} == {"card", *ceilings.KINDS}
+
+
+def test_the_time_of_full_size_is_that_of_the_whole_command(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(counted, "measure", lambda peers, budget: seen.update(counting=budget) or COUNTED)
+    monkeypatch.setattr(full, "run_full", lambda folder, peers, tell, say, within: seen.update(timing=within) or Found())
+    assert main(["bench", "--size", "full", "--random-weights"]) == 0
+    assert seen["counting"] is seen["timing"] and seen["timing"].seconds == options.SECONDS - options.RESERVE
+    monkeypatch.setattr(command, "small_groups", lambda *args: [])
+    assert main(["bench"]) == 0
+    assert seen["counting"].seconds == math.inf
 
 
 TINY_S = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "connector_depth": 1}
 TINY_S |= {"axes_dims_rope": (4, 6, 6), "joint_attention_dim": 64, "connector_hidden_size": 64, "connector_heads_num": 4}
 TINY_Q = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+TINY_VAE_Q = {"base_dim": 16, "num_res_blocks": 1}
 TINY_VAE = {**weights.FLUX_VAE, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
 
 
 @pytest.fixture
 def small_networks(monkeypatch):
     """The arms of the full size as they are, around networks that a processor can run; bfloat16, random weights."""
-    from diffusers import QwenImageTransformer2DModel
+    from reasonedit.reasonedit_core.models import step1x_transformer
 
-    from reasonedit.reasonedit_core.models.step1x_transformer import Step1XEditTransformer2DModel
-
-    def transformer(system, device):
-        def make():
-            if system == "reasonedit-s":
-                return Step1XEditTransformer2DModel(**TINY_S, enable_text_token_mapping=True)
-            return QwenImageTransformer2DModel(**TINY_Q)
-
-        return weights.random_network(make, device, torch.bfloat16)
-
-    monkeypatch.setattr(arms, "_full_transformer", transformer)
+    monkeypatch.setattr(
+        step1x_transformer,
+        "Step1XEditTransformer2DModel",
+        partial(step1x_transformer.Step1XEditTransformer2DModel, **TINY_S),
+    )
+    monkeypatch.setattr(weights, "QWEN_DIT", TINY_Q)
+    monkeypatch.setattr(weights, "QWEN_VAE", TINY_VAE_Q)
     monkeypatch.setattr(weights, "FLUX_VAE", TINY_VAE)
     monkeypatch.setattr(weights, "MLLM_7B", {})
     monkeypatch.setattr(weights, "VISION_7B", {})
@@ -450,6 +584,12 @@ def test_forward_arms_of_the_full_size(system, stock, small_networks):
         assert run(0) is None
 
 
+@pytest.mark.parametrize("system", ["reasonedit-s", "reasonedit-q"])
+def test_a_forced_backend_of_sdpa_leaves_our_arm_no_other_attention(system, small_networks):
+    job = {"system": system, "device": "cpu"}
+    assert [arms._denoiser({**job, "sdpa": sdpa}).backend for sdpa in ("cudnn", None)] == ["sdpa", "auto"]
+
+
 def test_the_edit_arm_of_the_full_size(tmp_path, small_networks):
     from PIL import Image
 
@@ -458,6 +598,37 @@ def test_the_edit_arm_of_the_full_size(tmp_path, small_networks):
     run = arms.edit({**job, "pictures": pictures, "out": str(tmp_path)})
     assert run(0)[TRANSFORMER] > 0
     assert Image.open(tmp_path / "000.png").size == (64, 48)
+
+
+def test_the_full_size_of_editplus_makes_the_picture_of_our_arm(tmp_path, small_networks, monkeypatch):
+    """Both as they are at full size but for the networks: equal weights, words, draws and steps, no MLLM on either side."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
+
+    for name in ("calculate_dimensions", "VAE_IMAGE_SIZE"):
+        monkeypatch.setattr(module, name, getattr(module, name))  # what the arm changes is put back
+    pictures = write_pictures(tmp_path, 1, (64, 64))
+    job = {"system": "reasonedit-q", "size": "full", "device": "cpu", "steps": 3, "level": 64, "guidance": 4.0}
+    outs = [tmp_path / name for name in ("peer", "ours")]
+    for out in outs:
+        out.mkdir()
+    job |= {"pictures": pictures, "instruction": "make the cube red"}
+    pipe = peer_editplus.full_pipeline(job)
+    assert pipe.text_encoder is None and pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    assert peer_editplus.edit(pipe, {**job, "out": str(outs[0])})(0)[TRANSFORMER] > 0
+    with torch.no_grad():
+        assert arms.edit({**job, "out": str(outs[1])})(0)[TRANSFORMER] > 0
+    assert timed.picture_difference(*map(str, outs)) < 1.0, "of 255; bfloat16 rounds at other places"
+
+
+def test_the_defaults_of_diffusers_are_the_released_sizes():
+    """What an empty QWEN_DIT and QWEN_VAE stand for."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        dit, vae = QwenImageTransformer2DModel(**weights.QWEN_DIT), AutoencoderKLQwenImage(**weights.QWEN_VAE)
+    assert (dit.config.num_layers, dit.config.num_attention_heads, dit.config.attention_head_dim) == (60, 24, 128)
+    assert round(sum(x.numel() for x in dit.parameters()) / 1e9, 2) == 20.43 and dit.config.joint_attention_dim == weights.WIDTH
+    assert (vae.config.base_dim, vae.config.z_dim, list(vae.config.dim_mult)) == (96, 16, [1, 2, 4, 4])
 
 
 def test_the_reflection_arm_of_the_full_size(tmp_path, small_networks):
@@ -471,6 +642,81 @@ def test_the_reflection_arm_of_the_full_size(tmp_path, small_networks):
     assert set(parts) == set(PARTS) and all(seconds > 0 for seconds in parts.values())
 
 
+def test_answers_of_the_peer_are_short_in_its_warm_up_only(monkeypatch):
+    asked = []
+    model = Body()
+    model.generate = lambda **options: asked.append((options["max_new_tokens"], options["min_new_tokens"]))
+    monkeypatch.setattr(peer_reflect, "load", lambda job: (model, None))
+    monkeypatch.setattr(peer_reflect, "stock", lambda model, processor, job: lambda number: model.generate(max_new_tokens=1))
+    monkeypatch.setattr(peer_reflect, "start", json.loads)
+    monkeypatch.setattr(peer_reflect, "serve", lambda job, run, about: [run(number) for number in (0, 1)])
+    job = {"device": "cpu", "arm": "stock", "tokens": 128}
+    peer_reflect.main(json.dumps(job | {"warm_tokens": 8}))
+    peer_reflect.main(json.dumps(job))
+    assert asked == [(8, 8), (128, 128), (128, 128), (128, 128)]
+
+
+@pytest.fixture
+def tiny_ceilings(monkeypatch):
+    """The calls of the ceilings on shapes for a processor, FlexAttention uncompiled."""
+    sizes = {"SIDE": 16, "COPIED": 64, "TOKENS": 40, "PARTIAL": 8, "HEADS": 2, "DIM": 16, "REPEATS": 2}
+    sizes["PACKS"] = {"packed, equal": (12, 12), "packed, unequal": (5, 19, 16)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(ceilings, name, value)
+    monkeypatch.setattr(ceilings, "compiled", lambda call: call)
+
+
+def dense_attention(q, k, v, lengths):
+    """(1, L, H, D) in float32. lengths: of the documents of a pack, or None."""
+    mask = None
+    if lengths is not None:
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        mask = documents[:, None] == documents[None]
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ceilings.KINDS)
+def test_the_arms_of_attention_compute_attention(kind, tiny_ceilings):
+    """Each part against plain torch in float32; what this machine lacks is named, never dropped."""
+    parts, left_out, _ = ceilings.usable(ceilings.calls(kind, "cpu"), "cpu")
+    dense = {f"{name}, {ceilings.FORWARD}" for name in (ceilings.DENSE_PART, ceilings.PARTIAL_PART)}
+    forward, both = ({f"{name}, {what}" for name in ceilings.PACKS} for what in (ceilings.FORWARD, ceilings.BOTH))
+    assert {**parts, **left_out}.keys() == (dense if kind != "varlen" else set()) | forward | both <= ceilings.work().keys()
+    assert all(left_out.values())
+    runs_here = {"flex": dense | forward, "flash": dense | forward | both, "auto": dense | forward | both}
+    assert parts.keys() == runs_here.get(kind, set()), "FlexAttention has no backward on a CPU, the others need a card"
+    for name, call in parts.items():
+        _, q, k, v, *grads = call.args
+        lengths = next((lengths for pack, lengths in ceilings.PACKS.items() if name.startswith(pack)), None)
+        q, k, v = (x.float().requires_grad_() for x in (q, k, v))
+        want = dense_attention(q, k, v, lengths)
+        got, want = (call(), torch.autograd.grad(want, (q, k, v), grads[0].float())) if grads else ((call(),), (want,))
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.float(), other.detach(), atol=3e-2, rtol=3e-2)
+
+
+def test_the_process_of_a_ceiling(tiny_ceilings, monkeypatch):
+    said = {}
+    monkeypatch.setattr(ceilings, "start", json.loads)
+    monkeypatch.setattr(ceilings, "serve", lambda job, run, about: said.update(parts=run(0), **about))
+    ceilings.main(json.dumps({"kind": "card", "device": "cpu"}))
+    assert said["parts"].keys() == {"matmul 8192", "copy 1 GiB", ceilings.FIRST} and said["left_out"] == {}
+    ceilings.main(json.dumps({"kind": "varlen", "device": "cpu"}))
+    assert said["parts"] == {} and all("CUDA" in why for why in said["left_out"].values()), "not even its first calls"
+
+
+def test_rates_are_told_by_arm():
+    entries = [{**ENTRY, "arm": arm, "part": "matmul 8192", "median": 2.0} for arm in ("one", "two")]
+    lines = full.rates(Found((*entries, ENTRY)))
+    assert [line.split()[1:] for line in lines] == [["TFLOP/s", f"{arm},", "matmul", "8192"] for arm in ("one", "two")]
+
+
+def test_packs_hold_what_their_names_say():
+    assert [sum(lengths) for lengths in ceilings.PACKS.values()] == [16384, 32768]
+    assert all(name.split()[1].rstrip(",") == str(sum(lengths)) for name, lengths in ceilings.PACKS.items())
+
+
 def test_random_weights_are_no_zeros_and_have_one_seed():
     one, two = (weights.random_network(lambda: torch.nn.Linear(4, 5), "cpu", torch.bfloat16) for _ in range(2))
     assert torch.equal(one.weight, two.weight) and one.weight.dtype == torch.bfloat16 and bool(one.weight.any())
@@ -481,11 +727,21 @@ def test_random_weights_are_no_zeros_and_have_one_seed():
 
 def test_full_size_stops_when_the_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    groups = [(Group("first", (), ()), Options(), 5.0), (Group("second", (), ()), Options(), 50.0)]
+    abouts = {"first": 5.0, "second": 50.0, "third": 4.0}
+    groups = [(Group(name, (), ()), Options(), about) for name, about in abouts.items()]
+    shares = {}
+
+    def run(group, options, say, *, budget, share):
+        shares[group.name] = (budget, share.seconds)
+        return Found(({**ENTRY, "group": group.name},))
+
     monkeypatch.setattr(full, "plan", lambda folder, peers: groups)
-    monkeypatch.setattr(full, "run_group", lambda group, options, say: Found(({**ENTRY, "group": group.name},)))
-    told = []
-    found = full.run_full(tmp_path, Peers(), told.append, lambda text: None, seconds=20)
-    assert [entry["group"] for entry in found.timed] == ["first"]
-    assert [one["group"] for one in found.not_run] == ["second"] and "time for it" in found.not_run[0]["missing"]
-    assert any("not run: time for it" in line for line in told)
+    monkeypatch.setattr(full, "run_group", run)
+    told, within = [], Budget(20)
+    found = full.run_full(tmp_path, Peers(), told.append, lambda text: None, within)
+    assert [entry["group"] for entry in found.timed] == ["first", "third"], "what still fits runs"
+    assert [one["group"] for one in found.not_run] == ["second"] and found.not_run[0]["missing"].startswith("out of time (")
+    assert any("not run: out of time" in line for line in told)
+    assert all(budget is within for budget, _ in shares.values())
+    assert shares["first"][1] == 5.0, "no more than its own while the others' would be missing"
+    assert 4.0 < shares["third"][1] <= 20.0, "the last has all that is left"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import types
 from functools import cache
 
 import pytest
 import torch
 
 from reasonedit.reasonedit_core.bench.arms import edit, forced_region
+from reasonedit.reasonedit_core.bench.peer_step1x import given_words
 from reasonedit.reasonedit_core.bench.small import write_pictures
+from reasonedit.reasonedit_core.bench.weights import GivenWords
 from reasonedit.reasonedit_core.load import SystemSpec, load_system
 from reasonedit.reasonedit_core.types import EditRequest
 from reasonedit.tests.tiny import tiny_checkpoint
@@ -28,6 +31,17 @@ def test_a_quarter_is_edited_in_nine_full_steps_of_28(reuse, steps):
     asked = EditRequest(image, "make it red", steps=28, guidance=1.0, size_level=64, region=region)
     use = generator().edit(asked, image, "make it red", torch.Generator().manual_seed(0), released=True).region
     assert (use.full, use.partial, use.cached) == steps and use.edited * 4 == use.tokens == 16
+
+
+def test_words_given_to_the_peer_are_those_of_our_arm():
+    """Two texts in turn, the conditional one first, whatever it is asked to encode."""
+    pipe = types.SimpleNamespace()
+    given_words(pipe, "cpu", torch.float32, count=6, width=8, quoted=0)
+    ours = GivenWords("cpu", torch.float32, count=6, width=8, quoted=0)
+    for _ in range(3):
+        theirs, words = pipe.encode_prompt(prompt="any"), ours.condition(None, "any")
+        assert torch.equal(theirs.embedding, words.tokens) and torch.equal(theirs.txt_ids, words.positions)
+        assert theirs.mask.all() and not theirs.text_masks.any()
 
 
 def test_the_arm_runs(tmp_path):

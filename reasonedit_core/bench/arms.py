@@ -96,7 +96,7 @@ def forward(job: Job) -> Run:
         return lambda number: _nothing(network(pair, words.tokens, None, t.to(dtype), img_shapes=shapes, return_dict=False))
     from ..types import LatentImage
 
-    denoiser = _denoiser(job["system"], device)
+    denoiser = _denoiser(job)
     image = LatentImage(reference, *GRID)
     return lambda number: _nothing(denoiser(latents, t, words, grid=GRID, references=(image,)))
 
@@ -173,15 +173,15 @@ def _full_generator(job: Job) -> FlowGenerator:
     from ..generator import FlowGenerator, Step1XGeometry
     from ..geometry import QwenGeometry
     from ..latents import KLCodec, QwenCodec
-    from .weights import FLUX_VAE, GivenWords, random_network
+    from .weights import FLUX_VAE, QWEN_VAE, GivenWords, random_network
 
     device, dtype = job["device"], torch.bfloat16
-    words, denoiser = GivenWords(device, dtype), _denoiser(job["system"], device)
+    words, denoiser = GivenWords(device, dtype), _denoiser(job)
 
     def vae() -> torch.nn.Module:
         from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 
-        return AutoencoderKL(**FLUX_VAE) if job["system"] == "reasonedit-s" else AutoencoderKLQwenImage()
+        return AutoencoderKL(**FLUX_VAE) if job["system"] == "reasonedit-s" else AutoencoderKLQwenImage(**QWEN_VAE)
 
     network: Any = random_network(vae, device, dtype)
     if job["system"] == "reasonedit-s":
@@ -191,16 +191,20 @@ def _full_generator(job: Job) -> FlowGenerator:
     return FlowGenerator(words, denoiser, *parts, geometry=QwenGeometry(plus=True), combine=flow.combine_qwen)
 
 
-def _denoiser(system: str, device: str) -> Any:
+def _denoiser(job: Job) -> Any:
     from ..denoisers.dit import Step1XDenoiser
     from ..denoisers.qwen_image import QwenImageDenoiser
 
-    network: Any = _full_transformer(system, device)
-    return Step1XDenoiser(network, "v1.2") if system == "reasonedit-s" else QwenImageDenoiser(network)
+    network: Any = _full_transformer(job["system"], job["device"])
+    # Where SDPA's backend is forced, SDPA itself is: our own choice could be a kernel that knows nothing of that.
+    backend = "sdpa" if job.get("sdpa") else "auto"
+    if job["system"] == "reasonedit-s":
+        return Step1XDenoiser(network, "v1.2", backend=backend)
+    return QwenImageDenoiser(network, backend=backend)
 
 
 def _full_transformer(system: str, device: str) -> torch.nn.Module:
-    from .weights import random_network
+    from .weights import QWEN_DIT, random_network
 
     def make() -> torch.nn.Module:
         if system == "reasonedit-s":
@@ -209,7 +213,7 @@ def _full_transformer(system: str, device: str) -> torch.nn.Module:
             return Step1XEditTransformer2DModel(enable_text_token_mapping=True)
         from diffusers import QwenImageTransformer2DModel
 
-        return QwenImageTransformer2DModel()
+        return QwenImageTransformer2DModel(**QWEN_DIT)
 
     return random_network(make, device, torch.bfloat16)
 

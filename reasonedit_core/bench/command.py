@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import write_json
 from . import report
+from .clock import Budget
+from .options import RESERVE, SECONDS
 from .peers import Peers
 from .timed import Found, Options, run_group, small_groups
 
@@ -20,13 +22,14 @@ Tell = Callable[[str], None]
 
 def run(args: argparse.Namespace, tell: Tell, say: Tell) -> dict[str, Any]:
     """The whole command. tell: lines of the report; say: what is being done. Returns what `--json` holds."""
+    budget = Budget(SECONDS - RESERVE) if args.size == "full" else Budget()
     if args.size == "full" and not args.random_weights:
         raise ConfigError("--size full: expected --random-weights, found no weights; add it, full size knows no others")
     machine = report.machine(args.threads)
     tell(report.machine_line(machine))
-    results: dict[str, Any] = {"machine": machine, "counted": counted(args, tell, say), "timed": [], "not_run": []}
+    results: dict[str, Any] = {"machine": machine, "counted": counted(args, tell, say, budget), "timed": [], "not_run": []}
     if not args.counted:
-        found = timed(args, tell, say)
+        found = timed(args, tell, say, budget)
         results |= {"timed": list(found.timed), "not_run": list(found.not_run)}
         picture = args.plot or (args.json.with_suffix(".png") if args.json else None)
         if picture:
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace, tell: Tell, say: Tell) -> dict[str, Any]:
     return results
 
 
-def counted(args: argparse.Namespace, tell: Tell, say: Tell) -> dict[str, Any]:
+def counted(args: argparse.Namespace, tell: Tell, say: Tell, budget: Budget) -> dict[str, Any]:
     """The counted part, printed."""
     from . import counted as work
 
@@ -48,7 +51,7 @@ def counted(args: argparse.Namespace, tell: Tell, say: Tell) -> dict[str, Any]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        found = work.measure(Peers(args.peers, args.peer_python))
+        found = work.measure(Peers(args.peers, args.peer_python), budget)
     finally:
         log.setLevel(level)
     for line in report.counted_lines(found):
@@ -56,14 +59,14 @@ def counted(args: argparse.Namespace, tell: Tell, say: Tell) -> dict[str, Any]:
     return found
 
 
-def timed(args: argparse.Namespace, tell: Tell, say: Tell) -> Found:
+def timed(args: argparse.Namespace, tell: Tell, say: Tell, budget: Budget) -> Found:
     """The timed groups of a size, each printed when it is done."""
     peers = Peers(args.peers, args.peer_python)
     with tempfile.TemporaryDirectory(prefix="reasonedit-bench-") as folder:
         if args.size == "full":
             from .full import run_full
 
-            return run_full(Path(folder), peers, tell, say)
+            return run_full(Path(folder), peers, tell, say, budget)
         options = Options(rounds=args.rounds, steps=args.steps, threads=args.threads)
         founds = []
         for group in small_groups(Path(folder), peers, options):

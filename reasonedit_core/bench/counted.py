@@ -16,11 +16,12 @@ import torch
 
 from ..counting import Work, count
 from ..types import Conditioning, EditRequest, LatentImage
+from .clock import Budget
 from .peers import Peers, Place
 from .script import Listening, three_rounds
 from .small import INSTRUCTION, SEED, picture
 from .weights import TEXT, WIDTH, random_words
-from .worker import ArmFailed, Worker
+from .worker import LOAD_SECONDS, ArmFailed, Worker
 
 GRID, CHANNELS = (64, 64), 64
 """Latent tokens of a picture, channels of a latent token."""
@@ -33,23 +34,24 @@ RELEASED_LOOP = {"vision_passes": 34, "sequential_calls": 5}
 """The released loop over the same three rounds, counted with its own code."""
 
 
-def measure(peers: Peers | None = None) -> dict[str, Any]:
-    """All counts, as the JSON's `counted`. `step1x_released` only where the released code is at hand."""
+def measure(peers: Peers | None = None, budget: Budget | None = None) -> dict[str, Any]:
+    """All counts, as the JSON's `counted`. `step1x_released` only where the released code is at hand. budget: of the command;
+    the released code has no more of it than is left, our own counts take what they take."""
     found: dict[str, Any] = {name: forward(name) for name in ("step1x", "qwen_image")}
     found["qwen_image_diffusers"] = stock_qwen().record()
     place = (peers or Peers()).step1x()
     if place.missing is None:
-        found["step1x_released"] = released_step1x(place)
+        found["step1x_released"] = released_step1x(place, budget or Budget())
     found["loop"] = loop()
     return found
 
 
-def released_step1x(place: Place) -> dict[str, Any]:
+def released_step1x(place: Place, budget: Budget) -> dict[str, Any]:
     """Counts of the released transformer, made in its own interpreter; `missing` where that failed."""
     job = {"arm": "count", "size": "full"}
     worker = Worker("reasonedit_core.bench.peer_step1x", job, python=place.python, paths=place.paths)
     try:
-        return worker.ready()
+        return worker.ready(min(LOAD_SECONDS, budget.left))
     except ArmFailed as error:
         return {"missing": str(error)}
     finally:

@@ -1,4 +1,4 @@
-"""The groups of a large CUDA card: released sizes, random weights in bfloat16, one run of ten minutes.
+"""The groups of a large CUDA card: released sizes, random weights in bfloat16, ten minutes for the whole command.
 
 In the order of what matters most, each told when it is done; what the time is not enough for is named and left out. The same
 attention backend is forced in all arms of a comparison; a further arm of ours chooses for itself.
@@ -6,19 +6,19 @@ attention backend is forced in all arms of a comparison; a further arm of ours c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import report
-from .ceilings import WORK
-from .peers import EDITPLUS, REGIONE, STEP1X, Peers, Place
+from .ceilings import CARD, FLEX, KINDS, work
+from .clock import TOTAL, Budget
+from .peers import EDITPLUS, STEP1X, Peers
 from .timed import (
     NO_CUDA,
     OURS,
-    REGION_SHARE,
+    OUT_OF_TIME,
     Arm,
     Found,
     Group,
@@ -30,8 +30,10 @@ from .timed import (
     run_group,
 )
 
-SECONDS = 600.0
-STEPS, WARM_STEPS, LEVEL, TOKENS = 28, 4, 1024, 128
+COUNTING = 70.0
+"""About how many seconds the counting takes, which comes first: an estimate."""
+
+STEPS, WARM_STEPS, LEVEL, TOKENS, WARM_TOKENS = 28, 4, 1024, 128, 8
 SDPA = "cudnn"
 OWN_CHOICE = "ours, its own choice of attention"
 STOCK_Q = "diffusers' transformer"
@@ -41,16 +43,16 @@ NAMES = (
     "edit, ReasonEdit-S, full",
     "edit with a region, ReasonEdit-S, full",
     "reflection, full",
-    "edit, ReasonEdit-Q, full",
     "ceilings of the card",
+    "edit, ReasonEdit-Q, full",
 )
 
 Planned = tuple[Group, Options, float]
-"""A group, how it is timed, and about how many seconds it takes with its loading."""
+"""A group, how it is timed, and about how many seconds it takes with its loading, one warm-up and one round: estimates."""
 
 
-def run_full(folder: Path, peers: Peers, tell: Tell, say: Tell, *, seconds: float = SECONDS) -> Found:
-    """Run the groups while the time lasts."""
+def run_full(folder: Path, peers: Peers, tell: Tell, say: Tell, within: Budget) -> Found:
+    """Run the groups while the time lasts. within: the budget of the whole command, of which the counting took its part."""
     import torch
 
     if not torch.cuda.is_available():
@@ -58,14 +60,16 @@ def run_full(folder: Path, peers: Peers, tell: Tell, say: Tell, *, seconds: floa
         for line in report.timed_lines(founds[0].timed, founds[0].not_run):
             tell(line)
         return founds[0]
-    started, timed, not_run = time.monotonic(), [], []
-    for group, options, about in plan(folder, peers):
-        spent = time.monotonic() - started
-        if spent + about > seconds:
-            why = f"time for it ({spent:.0f} s of {seconds:.0f} s are spent, it takes about {about:.0f} s)"
+    timed, not_run = [], []
+    groups = plan(folder, peers)
+    for place, (group, options, about) in enumerate(groups):
+        if about > within.left:
+            why = f"{OUT_OF_TIME} ({within.spent:.0f} s of {within.seconds:.0f} s are spent, it takes about {about:.0f} s)"
             found = Found(not_run=({"group": group.name, "arm": "all arms", "missing": why},))
         else:
-            found = run_group(group, options, say)
+            # What the estimates leave over goes to the group that is next, for further rounds.
+            later = sum(about for _, _, about in groups[place + 1 :])
+            found = run_group(group, options, say, budget=within, share=Budget(max(about, within.left - later)))
         for line in (*report.timed_lines(found.timed, found.not_run), *rates(found)):
             tell(line)
         timed += found.timed
@@ -86,32 +90,31 @@ def plan(folder: Path, peers: Peers, device: str = "cuda") -> list[Planned]:
         out = folder / "out" / system / arm / name
         out.mkdir(parents=True)
         how = {"steps": STEPS, "level": LEVEL, "guidance": 6.0 if system == "reasonedit-s" else 4.0, "out": str(out)}
-        how |= {"warm_steps": STEPS if more.get("regione") else WARM_STEPS}  # RegionE knows no other number of steps
+        how |= {"warm_steps": WARM_STEPS}
         return {**common, **how, "arm": arm, "system": system, **more}
 
-    often, edits = Options(rounds=10, warmup=3, device=device), Options(rounds=2, warmup=1, device=device)
-    speak = {**common, "tokens": TOKENS}
+    often, few = Options(rounds=10, warmup=3, device=device), Options(rounds=3, warmup=1, device=device)
+    speak = {**common, "tokens": TOKENS, "warm_tokens": WARM_TOKENS}
     reflection = reflection_group(speak, peers, "full")
-    ceilings = Arm("ceilings", "reasonedit_core.bench.ceilings", {"device": device})
     groups = (
-        (_forwards("reasonedit-s", job, peers, NAMES[0]), often, 90.0),
-        (_forwards("reasonedit-q", job, peers, NAMES[1]), often, 90.0),
-        (_edits_s(job, peers, NAMES[2]), edits, 180.0),
-        (_regions(job), Options(rounds=1, warmup=1, device=device), 60.0),
-        (replace(reflection, name=NAMES[4]), Options(rounds=2, warmup=1, device=device), 110.0),
-        (_edits_q(job, NAMES[5]), edits, 110.0),
-        (Group(NAMES[6], (ceilings,), ()), Options(rounds=2, warmup=1, device=device), 60.0),
+        (_forwards("reasonedit-s", job, peers, NAMES[0]), often, 60.0),
+        (_forwards("reasonedit-q", job, peers, NAMES[1]), often, 50.0),
+        (_edits_s(job, peers, NAMES[2]), few, 90.0),
+        (_regions(job, peers), few, 80.0),
+        (replace(reflection, name=NAMES[4]), few, 75.0),
+        (_ceilings(device), few, 60.0),
+        (_edits_q(job, peers, NAMES[6]), few, 95.0),
     )
     return list(groups)
 
 
 def rates(found: Found) -> list[str]:
     """The parts whose work is known as rates."""
-    lines = []
+    lines, known = [], work()
     for entry in found.timed:
-        if entry["part"] in WORK:
-            rate, copies = WORK[entry["part"]] / entry["median"] / 1e12, entry["part"].startswith("copy")
-            lines.append(f"  {rate:8.2f} {'TB/s' if copies else 'TFLOP/s'}  {entry['part']}")
+        if entry["part"] != TOTAL and entry["part"] in known:
+            rate, copies = known[entry["part"]] / entry["median"] / 1e12, entry["part"].startswith("copy")
+            lines.append(f"  {rate:8.2f} {'TB/s' if copies else 'TFLOP/s'}  {entry['arm']}, {entry['part']}")
     return lines
 
 
@@ -126,31 +129,45 @@ def _forwards(system: str, job: Callable[..., dict[str, Any]], peers: Peers, nam
 
 
 def _edits_s(job: Callable[..., dict[str, Any]], peers: Peers, name: str) -> Group:
-    # Four processes of 25 GB each: what the card holds beside the activations.
+    # Three processes of 25 GB each: what the card holds beside the activations.
     released, system = released_words(), "reasonedit-s"
-    regione = job("edit", system, "regione", **released, regione=True, edited=REGION_SHARE)
     arms = (
         Arm(STEP1X, "reasonedit_core.bench.peer_step1x", job("edit", system, "released", **released), peers.step1x()),
         *_ours("edit", system, job),
-        Arm(REGIONE, "reasonedit_core.bench.peer_step1x", regione, peers.regione()),
     )
     return Group(name, arms, (STEP1X, OURS))
 
 
-def _regions(job: Callable[..., dict[str, Any]]) -> Group:
-    # A group of its own: these processes hold keys and values beside their weights, 12 GB each.
-    return region_group(lambda name, arm, **more: job(arm, "reasonedit-s", name, **more), "ReasonEdit-S, full")
+def _regions(job: Callable[..., dict[str, Any]], peers: Peers) -> Group:
+    # A group of its own, and tidy: four processes of 25 GB that hold keys and values beside their weights, 12 GB each. Ours
+    # drop them when an edit is done; RegionE keeps them.
+    def made(name: str, arm: str, **more: Any) -> dict[str, Any]:
+        return job(arm, "reasonedit-s", name, tidy=True, **more)
+
+    return region_group(made, "ReasonEdit-S, full", peers)
 
 
-def _edits_q(job: Callable[..., dict[str, Any]], name: str) -> Group:
-    missing = Place(missing="an MLLM at this size beside the transformer (EditPlus reads its words itself)")
-    arms = (Arm(EDITPLUS, place=missing), Arm(OURS, "reasonedit_core.bench.arms", job("edit", "reasonedit-q", "ours")))
+def _edits_q(job: Callable[..., dict[str, Any]], peers: Peers, name: str) -> Group:
+    # Tidy: three processes of 41 GB leave room for the activations of one at a time.
+    system = "reasonedit-q"
+    peer = job("edit", system, "released", tidy=True)
+    arms = (
+        Arm(EDITPLUS, "reasonedit_core.bench.peer_editplus", peer, peers.editplus()),
+        *_ours("edit", system, job, tidy=True),
+    )
     return Group(name, arms, (EDITPLUS, OURS))
 
 
-def _ours(arm: str, system: str, job: Callable[..., dict[str, Any]]) -> tuple[Arm, Arm]:
+def _ceilings(device: str) -> Group:
+    module, how = "reasonedit_core.bench.ceilings", {"device": device, "apart": True}
+    arms = [Arm(CARD, module, {**how, "kind": "card"})]
+    arms += [Arm(name, module, {**how, "kind": kind}) for kind, name in KINDS.items()]
+    return Group(NAMES[5], tuple(arms), (FLEX,))
+
+
+def _ours(arm: str, system: str, job: Callable[..., dict[str, Any]], **more: Any) -> tuple[Arm, Arm]:
     module = "reasonedit_core.bench.arms"
     return (
-        Arm(OURS, module, job(arm, system, "ours")),
-        Arm(OWN_CHOICE, module, job(arm, system, "own", sdpa=None)),
+        Arm(OURS, module, job(arm, system, "ours", **more)),
+        Arm(OWN_CHOICE, module, job(arm, system, "own", sdpa=None, **more)),
     )

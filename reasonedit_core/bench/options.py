@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+SECONDS, RESERVE = 600.0, 20.0
+"""The most that `--size full` takes in all; of these kept for what nothing watches: the start of Python, the plot."""
+
 EPILOG = """\
 peers: DIR of --peers holds what is at hand of step1x/ (a checkout of the released diffusers fork, branch step1xedit_v1p2),
 RegionE/ and editplus/ (another diffusers than the installed one); --peer-python is an interpreter with their requirements
@@ -18,7 +21,12 @@ def add_options(parser: argparse.ArgumentParser, whole: Callable[[int, int], Cal
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--counted", action="store_true", help="only what is counted; the same on every machine")
-    add("--size", choices=("small", "full"), default="small", help="full: released sizes, on a large CUDA card (small)")
+    add(
+        "--size",
+        choices=("small", "full"),
+        default="small",
+        help="full: released sizes, on a large CUDA card, ten minutes in all (small)",
+    )
     add("--random-weights", action="store_true", help="needed for --size full: no other weights are known to it")
     add("--peers", type=Path, metavar="DIR", help="folder with the released code and others, see below")
     add("--peer-python", type=Path, metavar="PATH", help="interpreter that runs them (this one)")

@@ -143,6 +143,9 @@ def small_pipeline(job: Job) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
     )
     pipe.QWEN25VL_PREFIX, pipe.QWEN25VL_PREFIX_LEN = job["prefix"], job["dropped"]
+    if job.get("words"):
+        width = config["connector_in_channels"]
+        given_words(pipe, job["device"], dtype, count=job["words"], width=width, quoted=0)
     return pipe.to(job["device"])
 
 
@@ -165,7 +168,13 @@ def full_pipeline(job: Job) -> Any:
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, shift=3.0
         ),
     )
-    words = [_words(device, dtype, seed) for seed in range(2)]
+    given_words(pipe, device, dtype)
+    return pipe
+
+
+def given_words(pipe: Any, device: str, dtype: Any, **sizes: int) -> None:
+    """Have the pipeline read, in place of what it encodes, the words that our own arm is given."""
+    words = [_words(device, dtype, seed, **sizes) for seed in range(2)]
     asked: list[str] = []
 
     def encode_prompt(*args: Any, prompt: str = "", **options: Any) -> Any:
@@ -173,7 +182,6 @@ def full_pipeline(job: Job) -> Any:
         return words[(len(asked) - 1) % 2]
 
     pipe.encode_prompt = encode_prompt
-    return pipe
 
 
 def under_regione(pipe: Any, share: float) -> None:
@@ -211,13 +219,13 @@ def _classes() -> tuple[Any, Any]:
     return Step1XEditTransformer2DModel, Step1XEditPipelineV1P2
 
 
-def _words(device: str, dtype: Any, seed: int) -> Any:
+def _words(device: str, dtype: Any, seed: int, **sizes: int) -> Any:
     """What the pipeline's encode_prompt gives, of random words."""
     import torch
 
     from .weights import random_words
 
-    words = random_words(device, dtype, seed)
+    words = random_words(device, dtype, seed, **sizes)
     return types.SimpleNamespace(
         embedding=words.tokens,
         mask=torch.ones(words.tokens.shape[:2], dtype=torch.bool, device=device),

@@ -113,7 +113,9 @@ def timed_lines(timed: Sequence[Mapping[str, Any]], not_run: Sequence[Mapping[st
 
 def plot(timed: Sequence[Mapping[str, Any]], path: Path) -> str | None:
     """Bars of the medians, a panel per group, as a PNG. None, or why there is no picture."""
-    entries = [entry for entry in timed if entry["part"] == TOTAL]
+    whole = {entry["group"] for entry in timed if entry["part"] == TOTAL}
+    # Arms that have no total are compared part by part, and so drawn.
+    entries = [entry for entry in timed if entry["part"] == TOTAL or entry["group"] not in whole]
     if not entries:
         return "arms that ran"
     try:
@@ -122,7 +124,7 @@ def plot(timed: Sequence[Mapping[str, Any]], path: Path) -> str | None:
     except ImportError:
         return "matplotlib (pip install matplotlib)"
     groups = list(dict.fromkeys(entry["group"] for entry in entries))
-    figure = Figure(figsize=(9, 1 + 1.6 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 1.1 * len(groups) + 0.16 * len(entries)), layout="constrained")
     FigureCanvasAgg(figure)
     for place, group in enumerate(groups, 1):
         rows = [entry for entry in entries if entry["group"] == group]
@@ -131,7 +133,8 @@ def plot(timed: Sequence[Mapping[str, Any]], path: Path) -> str | None:
         bars = axes.barh(range(len(rows)), medians, xerr=spreads, color="#4c78a8")
         labels = ["" if row["ratio"] is None else f" {row['ratio']:.2f}x" for row in rows]
         axes.bar_label(bars, labels=labels, label_type="edge", padding=3)
-        axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+        names = [row["arm"] + ("" if row["part"] == TOTAL else f", {row['part']}") for row in rows]
+        axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_title(group, loc="left", fontsize=10)

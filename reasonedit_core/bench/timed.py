@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .clock import TOTAL, interleave, summary
+from .clock import TOTAL, Budget, interleave, summary
 from .peers import EDITPLUS, REASONER, REGIONE, STEP1X, Peers, Place
-from .worker import ArmFailed, Worker
+from .worker import END_SECONDS, LOAD_SECONDS, RUN_SECONDS, ArmFailed, TooSlow, Worker
 
 OURS = "ours, full path"
 STOCK = "stock generate, five questions in a row"
 NO_CUDA = "no CUDA device"
+OUT_OF_TIME = "out of time"
 REGION_ARMS = ("ours, region 25 %, no velocity cache", "ours, region 25 %, velocity cache")
 
 ACCEPTED = "ours, accepted at once (three questions, scores lazy)"
@@ -30,6 +31,11 @@ REGION_SHARE, REGION_STEPS = 0.25, 28
 REGION_LEVEL, REGION_WORDS = 384, 64
 """Of the small edits with a region: pixels of a side, and text tokens. Every step computes the text, and the hundreds of tokens
 that the MLLM makes of a small picture would be most of a partial step; so would the fixed cost of each operator."""
+
+SDPA = {"cpu": "flash", "cuda": "efficient"}
+"""The SDPA backend forced in all arms of a small group, in float32. On a CPU torch has this one and the plain form, and takes
+this one for whatever it can compute; ours has SDPA alone there. So an arm with its own choice would be the same arm again, and
+only the groups of a card (`full`) have one."""
 
 SEEN = 1024
 """Side of the pictures of a reflection: as large as the released reasoner lets them be, 1,024 tokens each."""
@@ -94,57 +100,93 @@ def lacking(name: str, what: str) -> Arm:
 # ---- running -------------------------------------------------------------------------------------------------------------
 
 
-def run_group(group: Group, options: Options, tell: Tell = lambda text: None) -> Found:
-    """Start the group's arms, run them in turn, compare. An arm that fails is left out and told, the others go on."""
+def run_group(
+    group: Group, options: Options, tell: Tell = lambda text: None, *, budget: Budget | None = None, share: Budget | None = None
+) -> Found:
+    """Start the group's arms, run them in turn, compare. An arm that fails is left out and told, the others go on.
+
+    budget: of the whole command; an arm that is not done when it is used up is left out as well. share: what of it is this
+    group's; arms that take longer to load are left out, and past it no further round begins.
+    """
+    budget = budget or Budget()
+    share = share or budget
     missing = {arm.name: arm.missing for arm in group.arms if arm.missing}
     workers: dict[str, Worker] = {}
     try:
+        # All at once: what most of them do at first is to import.
         for arm in group.arms:
-            if arm.missing:
-                continue
-            tell(f"{group.name}: loading {arm.name}")
-            worker = Worker(arm.module, arm.job, python=arm.place.python, paths=arm.place.paths)
+            if not arm.missing:
+                workers[arm.name] = Worker(arm.module, arm.job, python=arm.place.python, paths=arm.place.paths)
+        for name in list(workers):
+            tell(f"{group.name}: loading {name}")
+            limit = min(LOAD_SECONDS, budget.left, share.left)
             try:
-                worker.ready()
+                about = workers[name].ready(limit)
             except ArmFailed as error:
-                missing[arm.name] = str(error)
-                worker.close()
-                continue
-            workers[arm.name] = worker
-        runs = _interleaved(workers, missing, options, tell, group.name)
+                missing[name] = _why(error, limit < LOAD_SECONDS)
+                workers.pop(name).close(min(END_SECONDS, budget.left))
+            else:
+                missing |= {f"{name}, {part}": why for part, why in about.get("left_out", {}).items()}
+        runs = _interleaved(workers, missing, options, tell, group.name, budget, share)
     finally:
         for worker in workers.values():
-            worker.close()
+            worker.dismiss()
+        for worker in workers.values():
+            worker.close(min(END_SECONDS, budget.left))
     baseline = next((name for name in group.baselines if name in runs), None)
     timed = _entries(group, runs, baseline)
     return Found(tuple(timed), tuple({"group": group.name, "arm": name, "missing": why} for name, why in missing.items()))
 
 
 def _interleaved(
-    workers: dict[str, Worker], missing: dict[str, str], options: Options, tell: Tell, name: str
+    workers: dict[str, Worker],
+    missing: dict[str, str],
+    options: Options,
+    tell: Tell,
+    name: str,
+    budget: Budget,
+    share: Budget,
 ) -> dict[str, list[Mapping[str, float]]]:
     while workers:
         tell(f"{name}: running {len(workers)} arms in turn")
         failed: list[str] = []
+        done: dict[str, list[Mapping[str, float]]] = {arm: [] for arm in workers}
 
-        def runner(arm: str, worker: Worker, failed: list[str] = failed) -> Callable[[int], Mapping[str, float]]:
+        def runner(arm: str, failed: list[str] = failed, done: dict[str, Any] = done) -> Callable[[int], Mapping[str, float]]:
             def run(number: int) -> Mapping[str, float]:
+                limit = min(RUN_SECONDS, budget.left)
                 try:
-                    return worker.run(number)
+                    seconds = workers[arm].run(number, limit)
                 except ArmFailed as error:
-                    missing[arm] = str(error)
+                    missing[arm] = _why(error, limit < RUN_SECONDS)
                     failed.append(arm)
                     raise
+                if number >= options.warmup:
+                    done[arm].append(seconds)
+                return seconds
 
             return run
 
         try:
-            arms = {arm: runner(arm, worker) for arm, worker in workers.items()}
-            return interleave(arms, options.rounds, options.warmup)
+            return interleave({arm: runner(arm) for arm in workers}, options.rounds, options.warmup, share)
         except ArmFailed:
             for arm in failed:
-                workers.pop(arm).close()
+                workers.pop(arm).close(min(END_SECONDS, budget.left))
+            if not budget.left:
+                # There is no time to begin anew without it. Rounds that all arms had ended still count.
+                whole = min(map(len, done.values()))
+                for arm in done:
+                    if not whole:
+                        missing.setdefault(arm, OUT_OF_TIME)
+                    elif missing.get(arm, "").startswith(OUT_OF_TIME):
+                        del missing[arm]
+                return {arm: runs[:whole] for arm, runs in done.items() if whole}
     return {}
+
+
+def _why(error: ArmFailed, cut: bool) -> str:
+    """An arm's failure in words. cut: it had less time than arms have otherwise."""
+    return f"{OUT_OF_TIME}: {error}" if cut and isinstance(error, TooSlow) else str(error)
 
 
 def _entries(group: Group, runs: Mapping[str, Sequence[Mapping[str, float]]], baseline: str | None) -> list[dict[str, Any]]:
@@ -161,6 +203,8 @@ def _entries(group: Group, runs: Mapping[str, Sequence[Mapping[str, float]]], ba
             "baseline": baseline,
             "times": list(timing.times),
         }
+        if part == TOTAL and jobs[arm].get("apart"):
+            continue
         if part == TOTAL and baseline and arm != baseline and "out" in jobs[arm] and "out" in jobs[baseline]:
             entry["difference"] = picture_difference(jobs[arm]["out"], jobs[baseline]["out"])
         entries.append(entry)
@@ -188,6 +232,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     from .small import INSTRUCTION, write_checkpoint, write_pictures
 
     common = {"size": "small", "device": options.device, "threads": options.threads, "instruction": INSTRUCTION}
+    common |= {"sdpa": SDPA[options.device.partition(":")[0]]}
     pictures = write_pictures(folder / "pictures", 2 * options.runs, (LEVEL, LEVEL))
     seen = write_pictures(folder / "seen", 2 * options.runs, (SEEN, SEEN))
 
@@ -205,7 +250,7 @@ def small_groups(folder: Path, peers: Peers, options: Options) -> list[Group]:
     return [
         edit_group_s(lambda name, **more: job(name, "reasonedit-s", s, **more), peers, "small"),
         edit_group_q(lambda name, **more: job(name, "reasonedit-q", q, **more), peers, "small"),
-        region_group(partial(job, system="reasonedit-s", weights=s, guidance=6.0, **region), "ReasonEdit-S, small"),
+        region_group(partial(job, system="reasonedit-s", weights=s, guidance=6.0, **region), "ReasonEdit-S, small", peers),
         region_group(partial(job, system="reasonedit-q", weights=q, guidance=4.0, **region), "ReasonEdit-Q, small"),
         reflection_group({**common, "folder": str(mllm), "pictures": seen, "tokens": options.tokens}, peers, "small"),
     ]
@@ -215,17 +260,11 @@ def edit_group_s(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
     """Whole edits of ReasonEdit-S against the released pipeline. job: (name of the arm's folder, more) -> a job."""
     how = {"arm": "edit", "guidance": 6.0}
     released = {**how, **released_words()}
-    device = job("probe")["device"]
-    regione = peers.regione()
-    if device == "cpu" and not regione.missing:
-        regione = Place(missing=f"{NO_CUDA} (RegionE's linear layers are Triton kernels)")
-    peer_job = job("regione", **released, regione=True, edited=REGION_SHARE, steps=28)  # it knows no other number of steps
-    arms = [
+    arms = (
         Arm(STEP1X, "reasonedit_core.bench.peer_step1x", job("released", **released), peers.step1x()),
         Arm(OURS, "reasonedit_core.bench.arms", job("ours", **how)),
-        Arm(REGIONE, "reasonedit_core.bench.peer_step1x", peer_job, regione),
-    ]
-    return Group(f"edit, ReasonEdit-S, {size}", tuple(arms), (STEP1X, OURS))
+    )
+    return Group(f"edit, ReasonEdit-S, {size}", arms, (STEP1X, OURS))
 
 
 def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) -> Group:
@@ -238,16 +277,24 @@ def edit_group_q(job: Callable[..., dict[str, Any]], peers: Peers, size: str) ->
     return Group(f"edit, ReasonEdit-Q, {size}", arms, (EDITPLUS, OURS))
 
 
-def region_group(job: Callable[..., dict[str, Any]], what: str) -> Group:
+def region_group(job: Callable[..., dict[str, Any]], what: str, peers: Peers | None = None) -> Group:
     """Whole edits in 28 steps: the full path, and 9 steps of it with a quarter of the picture in the others.
 
     The velocity cache takes every second velocity of the others again; what a model would let it reuse follows from weights,
-    and these are random. job: as for `edit_group_s`, but it knows of the guidance. what: system and size.
+    and these are random. job: as for `edit_group_s`, but it knows of the guidance. what: system and size. peers: whose RegionE
+    runs beside; None for a system that it is no arm for.
     """
     module, how = "reasonedit_core.bench.arms", {"arm": "edit", "steps": REGION_STEPS}
     arms = [Arm(OURS, module, job("full-path", **how))]
     for arm, reuse in zip(REGION_ARMS, (False, True), strict=True):
         arms.append(Arm(arm, module, job(f"region-{reuse:d}", **how, region=REGION_SHARE, reuse=reuse)))
+    if peers is not None:
+        # It knows no other number of steps, the warm-up's included, and finds for itself which velocities to take again.
+        theirs = job("regione", **how, **released_words(), regione=True, edited=REGION_SHARE, warm_steps=REGION_STEPS)
+        place = peers.regione()
+        if theirs["device"] == "cpu" and not place.missing:
+            place = Place(missing=f"{NO_CUDA} (RegionE's linear layers are Triton kernels)")
+        arms.append(Arm(REGIONE, "reasonedit_core.bench.peer_step1x", theirs, place))
     return Group(f"edit with a region, {what}", tuple(arms), (OURS,))
 
 

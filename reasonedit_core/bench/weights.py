@@ -26,6 +26,10 @@ FLUX_VAE: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+QWEN_DIT: dict[str, Any] = {}
+QWEN_VAE: dict[str, Any] = {}
+"""Of Qwen-Image-Edit: diffusers' own defaults are the released sizes."""
+
 MLLM_7B: dict[str, Any] = {
     "hidden_size": 3584,
     "intermediate_size": 18944,

@@ -24,6 +24,9 @@ from ..errors import ReasonEditError
 LOAD_SECONDS, RUN_SECONDS = 600.0, 600.0
 """How long an arm may take to load, and for one run."""
 
+END_SECONDS = 10.0
+"""How long it may take to end, before it is made to."""
+
 ROOT = Path(__file__).resolve().parents[2]
 
 _BOOT = """\
@@ -40,6 +43,10 @@ importlib.import_module(name + "." + module).main(sys.argv[4])
 
 class ArmFailed(ReasonEditError):
     """An arm could not load or run. The message ends in the last line of what it said."""
+
+
+class TooSlow(ArmFailed):
+    """An arm had not done by the time that it was given."""
 
 
 class Worker:
@@ -77,15 +84,19 @@ class Worker:
             raise ArmFailed(f"it ended before run {number}: {self._last()}") from error
         return self._next(seconds, "run")
 
-    def close(self) -> None:
-        """End the process."""
+    def dismiss(self) -> None:
+        """Tell the process to end, without waiting for it: several then do so at a time."""
         if self._process.stdin is not None:
             try:
                 self._process.stdin.close()
             except OSError:
                 pass
+
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """End the process, after `seconds` by force."""
+        self.dismiss()
         try:
-            self._process.wait(10)
+            self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -101,7 +112,7 @@ class Worker:
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
-            raise ArmFailed(f"it did not {what} within {seconds:.0f} s") from None
+            raise TooSlow(f"it did not {what} within {seconds:.0f} s") from None
         if line is None:
             self._process.wait()
             raise ArmFailed(f"it could not {what}: {self._last()}")
@@ -117,6 +128,8 @@ def serve(job: Mapping[str, Any], run: Callable[[int], Mapping[str, float] | Non
     """The child's side, called when all is loaded: run by number until standard input ends.
 
     run may return seconds of parts of it; "total" is added, with the device waited for. about: what `Worker.ready` returns.
+    A job that is `tidy` gives the device's memory back after each run, outside of what is timed, where the arms of a group
+    would not fit side by side with what each of them keeps for its next run.
     """
     import torch
 
@@ -132,6 +145,8 @@ def serve(job: Mapping[str, Any], run: Callable[[int], Mapping[str, float] | Non
             if cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
+            if cuda and job.get("tidy"):
+                torch.cuda.empty_cache()
         print(json.dumps({"total": seconds, **parts}), file=own, flush=True)
 
 
@@ -152,10 +167,11 @@ def steps_of(job: Mapping[str, Any], number: int) -> int:
     return int(job.get("warm_steps", job["steps"]) if number == 0 else job["steps"])
 
 
-def forced(backend: str | None) -> AbstractContextManager[Any]:
+def forced(backend: str | None, *, alone: bool = False) -> AbstractContextManager[Any]:
     """A context in which torch's attention uses one backend by name (cudnn, flash, efficient, math); None: its own choice.
 
-    Calls that the backend cannot compute (a VAE's single head of 512 channels) go to the memory-efficient or plain one.
+    Calls that the backend cannot compute (a VAE's single head of 512 channels) go to the memory-efficient or plain one;
+    alone: they raise.
     """
     if not backend:
         return nullcontext()
@@ -167,5 +183,6 @@ def forced(backend: str | None) -> AbstractContextManager[Any]:
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
         "math": SDPBackend.MATH,
     }
-    order = [kinds[backend], *(kinds[name] for name in ("efficient", "math") if name != backend)]
+    others = () if alone else ("efficient", "math")
+    order = [kinds[backend], *(kinds[name] for name in others if name != backend)]
     return sdpa_kernel(order, set_priority=True)
