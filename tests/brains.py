@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def write_flux(folder: Path, seed: int = 0) -> Path:
             num_single_layers=1,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=24,
+            joint_attention_dim=40,  # of T5; CLIP's states, which the CME reads, are narrower
             pooled_projection_dim=24,
             guidance_embeds=True,
             axes_dims_rope=(4, 4, 8),
@@ -231,11 +232,16 @@ def write_bases(folder: Path, kind: str = "sd") -> Path:
 
 def write_system(folder: Path, kind: str = "sd", seed: int = 0, **off) -> Path:
     """A whole tiny system, as training would leave it: nothing that starts at zero is zero. off: fields of Switches."""
+    write_bases(folder, kind)
+    return write_trained(folder, folder, kind, seed, **off)
+
+
+def write_trained(folder: Path, bases: Path, kind: str = "sd", seed: int = 0, **off) -> Path:
+    """What training would leave in `folder` around the parts in `bases`."""
     from reasonedit.reasonedit_core.brain.layout import find_brain_parts
     from reasonedit.reasonedit_core.brain.model import FIRST, new_brain_model, save_brain_model
 
-    write_bases(folder, kind)
-    parts = find_brain_parts(folder, trained=False)
+    parts = find_brain_parts(bases, trained=False)
     model = new_brain_model(parts, TINY, switches=Switches(**off), seed=seed)
     model.llava.add_lora(rank=2, alpha=4, dropout=0.0)
     first = getattr(model.network, FIRST[kind]).requires_grad_(True)
@@ -246,6 +252,18 @@ def write_system(folder: Path, kind: str = "sd", seed: int = 0, **off) -> Path:
             p.add_(0.05 * torch.randn(p.shape, generator=rng))
     save_brain_model(folder, model, parts)
     return folder
+
+
+def write_mini_brain(place: Path) -> Path:
+    """A folder with a stand-in for mini-brain and the rows of its components table, to be named by REASONEDIT_MINIS."""
+    from reasonedit.training.mini.brain_rows import COMPONENTS, FULL, PLACE
+
+    folder = write_system(place / "mini-brain")
+    for row, off in COMPONENTS.items():
+        if row != FULL:
+            write_trained(folder / PLACE / row, folder, **off)
+            shutil.copy2(folder / "reasonedit.json", folder / PLACE / row)
+    return place
 
 
 def write_sam(folder: Path, kind: str = "sam", seed: int = 0) -> Path:

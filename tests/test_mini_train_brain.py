@@ -25,6 +25,7 @@ from reasonedit.training.eval.cli import main as evaluate
 from reasonedit.training.mini import brain_chain
 from reasonedit.training.mini.books import write_book
 from reasonedit.training.mini.brain_blank import MINI, text_vocabulary, write_bases
+from reasonedit.training.mini.brain_card import write_brain_card
 from reasonedit.training.mini.brain_chain import BrainChain, vae_settings, write_finished_brain
 from reasonedit.training.mini.brain_parts import Conversations, PartSettings, train_editor, train_llava
 from reasonedit.training.mini.brain_rows import COMPONENTS, LIMIT, ROWS
@@ -151,6 +152,29 @@ def test_the_finished_folder_holds_parts_once_and_each_row_loads(finished, parts
     one = sum(file.stat().st_size for file in (finished / "brain.safetensors", *(finished / "lora").iterdir()))
     # Every row is about as large as the full one; the tokenizers hold a little more than those of few texts.
     assert shared + len(ROWS) * one + 200_000 < LIMIT, (shared, one)
+
+
+def test_the_card_holds_records_tables_and_the_words_that_lie_beside_them(finished):
+    out = finished.parent
+    tables_of = out / "tables" / "mini-brain"
+    shutil.rmtree(tables_of, ignore_errors=True)
+    (out / "runs" / "llava-mini-brain").mkdir(parents=True, exist_ok=True)
+    step = json.dumps({"event": "step", "step": 1, "step_s": 6.0})
+    (out / "runs" / "llava-mini-brain" / "log.jsonl").write_text(f"{step}\n")
+    card = write_brain_card(out).read_text(encoding="utf-8")
+    assert "--system mini-brain --out out" in card and "No table has been measured" in card
+    assert "| conversations about scenes, drawn as llava learns | 32 |" in card
+    assert "| suppositions, of every row | 8 | 2 | 0 |" in card
+    tables_of.mkdir(parents=True)
+    (tables_of / "notes.md").write_text("`no_id` does not help here: names are in the words.\n")
+    assert "names are in the words" not in write_brain_card(out).read_text(encoding="utf-8"), "words about no table"
+    (tables_of / "components.md").write_text("| full | 6.00 |\n")
+    (tables_of / "components.json").write_text("{}")
+    card = write_brain_card(out).read_text(encoding="utf-8")
+    assert card.index("| full | 6.00 |") < card.index("names are in the words")
+    assert (finished / "tables" / "components.json").read_text() == "{}"
+    (finished / "README.md").unlink()
+    shutil.rmtree(finished / "tables")
 
 
 def test_switched_table_from_the_command_line(finished, tmp_path, capsys, monkeypatch):

@@ -219,3 +219,43 @@ def test_a_lora_that_does_not_fit_is_refused(folder, tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match="found no adapter_model.safetensors"):
         load_llava(folder).load_lora(tmp_path / "lora")
+
+
+# ---- chat templates
+
+ADDING = (
+    "{{ bos_token }}{% for turn in messages %}{{ '<|' + turn['role'] + '|>\\n' + turn['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""As the language models of some LLaVAs (Phi-3) have it: strings added up, which a list of parts makes fail."""
+
+LISTING = (
+    "{% for turn in messages %}{% for part in turn['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else '\\n' + part['text'] }}{% endfor %}{% endfor %} ASSISTANT:"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        (ADDING, "<s><|user|>\n", "\nmake it snow<|end|>\n<|assistant|>\n"),
+        (LISTING, "", "\nmake it snow ASSISTANT:"),
+        ("{% for turn in messages %}[{{ turn['content'] }}]{% endfor %}", "[", "\nmake it snow]"),  # prints a list
+    ],
+)
+def test_templates_of_both_forms_are_filled_in(folder, template, before, after):
+    llava = load_llava(folder)
+    llava.tokenizer.chat_template = template
+    prompt = llava.prompt("make it snow")
+    assert tuple(llava.tokenizer.decode(ids) for ids in prompt) == (before, after)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [("{{ raise_exception('no pictures') }}", "no pictures"), ("hello", "'hello'"), (ADDING * 2, "<image>")],
+)
+def test_a_template_that_takes_neither_form_is_a_sentence(folder, template, found):
+    llava = load_llava(folder)
+    llava.tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match="once and the instruction behind it, found .*" + found):
+        llava.prompt("make it snow")

@@ -101,6 +101,12 @@ def test_bad_input_is_a_sentence(tmp_path):
     unet, given = UNetDenoiser(widen_unet(tiny_unet())), conditioning()
     with pytest.raises(ConfigError, match="source latents of shape .*found none"):
         unet.predict(draw(1, 4, 8, 8), torch.tensor([1]), replace(given, reference=None))
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    with pytest.raises(ConfigError, match="as wide as the context .24., found 32"):
+        drop(given, draw(1, 77, 32), no, yes)
+    with pytest.raises(ConfigError, match="without a null context"):
+        drop(given, None, yes, no)
+    assert torch.equal(drop(given, None, no, yes).tokens, given.tokens)
     with pytest.raises(CheckpointError, match="found 9. Inpainting"):
         widen_unet(tiny_unet(9))
     with pytest.raises(ConfigError, match="found a plain one"):
@@ -128,5 +134,11 @@ def test_flux_starts_as_it_was_and_takes_the_residual():
     ours = wide(z, t, given, grid=(4, 4))
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(wide(z, t, replace(given, residual=(draw(1, 32, 4, 4),)), grid=(4, 4)), ours, atol=1e-3)
+    # Tokens that a mask hides change nothing, and the rest is as without them.
+    longer = torch.cat([given.tokens, draw(1, 6, 24, seed=5)], dim=1)
+    keep = torch.arange(160)[None] < 154
+    for hidden in (longer, torch.cat([given.tokens, draw(1, 6, 24, seed=6)], dim=1)):
+        assert torch.allclose(wide(z, t, replace(given, tokens=hidden, mask=keep), grid=(4, 4)), ours, atol=1e-5)
+    assert not torch.allclose(wide(z, t, replace(given, tokens=longer), grid=(4, 4)), ours, atol=1e-4)
     with pytest.raises(ConfigError, match="pooled text vector"):
         wide(z, t, replace(given, pooled=None), grid=(4, 4))

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+from reasonedit.reasonedit_core.brain.generator import sd_schedule
 from reasonedit.reasonedit_core.brain.layout import find_brain_parts
 from reasonedit.reasonedit_core.brain.model import load_brain_model
 from reasonedit.reasonedit_core.conditioners.brain_weights import trained_tensors
+from reasonedit.reasonedit_core.denoisers.unet import widen_unet
 from reasonedit.reasonedit_core.errors import CheckpointError, ConfigError
+from reasonedit.reasonedit_core.mllm.focus import Focus
+from reasonedit.reasonedit_core.models.reasonbrain.losses import noised
+from reasonedit.reasonedit_core.weightfiles import read_metadata
+from reasonedit.tests.brains import write_llava, write_system
+from reasonedit.tests.launch import script
+from reasonedit.tests.test_reasonbrain_denoisers import tiny_unet
 from reasonedit.training import commands
 from reasonedit.training.brain.assemble import load_stage
 from reasonedit.training.brain.export import export, ldm_names, merge_denoiser
 from reasonedit.training.brain.room import documents_of, export_stage, filled_cache, starting_point
 from reasonedit.training.brain.source import drops, make_source
-from reasonedit.training.brain.unit import BrainModels, reasonbrain_step
+from reasonedit.training.brain.unit import BrainModels, BrainUnit, reasonbrain_step
 from reasonedit.training.check import check
 from reasonedit.training.config import BrainStage
 from reasonedit.training.config_file import decisive, load_config, read_snapshot
@@ -314,10 +330,168 @@ def replaced(config, **changes):
     return type(config).model_validate(raw)
 
 
-def test_flux_trains_by_velocity(tmp_path):
-    room = Room(tmp_path, "model.drawn.system=flux", "model.brain.preset=flux", "data.drawn.counts={hypothetical = 4}")
+FLUX = ("model.drawn.system=flux", "model.brain.preset=flux", "data.drawn.counts={hypothetical = 4}")
+FLUX += ("stage.0.brain.drop_text=0", "stage.0.brain.drop_both=0", "stage.0.train.llava_lora.dropout=0")
+WIDER = "model.drawn.config={transformer = {joint_attention_dim = 40}}"
+"""As FLUX.1-dev is: its context (4096) is not of the width of CLIP's states (768)."""
+
+
+def test_flux_trains_by_velocity_at_a_context_wider_than_clip(tmp_path):
+    room = Room(tmp_path, *FLUX, WIDER)
+    assert room.loaded.model.brain.spec.context == 40 != room.loaded.model.brain.spec.text
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        seeing = room.loaded.model.network.x_embedder.weight
+        seeing.add_(0.1 * torch.randn(seeing.shape, generator=rng))  # its weights for the source were zero
+    blind = replace(room.batch, no_image=torch.tensor([True, False]))
+    rows = [room.loaded.models.brain(batch, ("dm",))["dm"].detach() for batch in (room.batch, blind)]
+    assert rows[0].isfinite().all() and rows[0][0] != rows[1][0] and rows[0][1] == rows[1][1]
     losses = room.step(room.plan.weights)
     assert room.loaded.models.brain.kind == "flux" and room.batch.pooled.shape == (2, 24)
     assert all(torch.isfinite(torch.tensor(value)) for value in losses.values())
     grads = {group.name: any(p.grad is not None and p.grad.any() for _, p in group.parameters) for group in room.loaded.groups}
     assert all(grads.values()), grads
+    with pytest.raises(ConfigError, match="brain.drop_text: expected 0 with FLUX"):
+        load_stage(room.base, plan_stages(replaced(room.config, brain={"batch": 2}))[0], {})
+    with pytest.raises(ConfigError, match="without a null context"):
+        room.loaded.models.brain(replace(room.batch, no_text=torch.tensor([True, False])), ("dm",))
+
+
+def test_the_recipe_of_flux_leaves_out_the_picture_alone():
+    table = load_config("reasonbrain_flux", []).stage[0].brain
+    assert table.drop_text == table.drop_both == 0 < table.drop_image
+
+
+# ---- the noise schedule
+
+
+def test_training_takes_the_schedule_that_sampling_takes_from_a_folder_that_states_a_part_of_it():
+    part = SimpleNamespace(model=nn.Linear(1, 1))
+    for scheduler in ({}, {"prediction_type": "v_prediction"}, {"beta_end": 0.02, "num_train_timesteps": 500}):
+        model = SimpleNamespace(
+            brain=part.model, llava=part, network=widen_unet(tiny_unet()), conditioner=None, codec=None, kind="sd",
+            scheduler=scheduler,
+        )  # fmt: skip
+        unit, sampled = BrainUnit(model), sd_schedule(scheduler)
+        assert torch.equal(unit.alphas, sampled.alphas_cumprod) and unit.target == sampled.config.prediction_type
+        assert unit.predictor.timesteps == len(sampled.alphas_cumprod) == scheduler.get("num_train_timesteps", 1000)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+    assert torch.allclose(sd_schedule({}).alphas_cumprod, (1 - betas).cumprod(0), atol=1e-6), "SD's, not those of DDPM"
+
+
+def test_v_prediction_is_that_of_diffusers():
+    rng = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 4, 8, 8, generator=rng) for _ in range(2))
+    steps = torch.tensor([0, 420, 999])
+    scheduler = sd_schedule({"prediction_type": "v_prediction"})
+    latents, target = noised(clean, noise, scheduler.alphas_cumprod, steps, "v_prediction")
+    assert torch.allclose(latents, scheduler.add_noise(clean, noise, steps), atol=1e-5)
+    assert torch.allclose(target, scheduler.get_velocity(clean, noise, steps), atol=1e-5)
+    assert not torch.allclose(target, noise, atol=0.1)
+    # The way back, by which DDIM reads a prediction: x_0 = sqrt(a) z - sqrt(1 - a) v.
+    signal = scheduler.alphas_cumprod[steps].sqrt().view(-1, 1, 1, 1)
+    assert torch.allclose(signal * latents - (1 - signal**2).sqrt() * target, clean, atol=1e-4)
+
+
+def test_an_export_says_how_comfyui_runs_a_unet_that_predicts_v(tmp_path):
+    folder = write_system(tmp_path / "system")
+    file = folder / "scheduler" / "scheduler_config.json"
+    assert "predicts v" not in export(folder, "comfyui", tmp_path / "a", "x").notes[0]
+    stated = {**json.loads(file.read_text()), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps(stated))
+    (note,) = export(folder, "comfyui", tmp_path / "b", "x").notes
+    assert "ModelSamplingDiscrete (sampling v_prediction, zsnr on)" in note
+
+
+# ---- what a training starts from
+
+
+def test_a_qformer_starts_from_a_blip2_that_the_recipe_names(place, tmp_path):
+    plain = open_base(recipe(place))
+    donor = {
+        f"qformer.{key}": torch.full_like(value, 0.25) for key, value in plain.model().brain.qformer.model.state_dict().items()
+    }
+    for key in donor:
+        if "crossattention" in key and donor[key].shape[-1] == 48:
+            donor[key] = torch.zeros(24, 1408)  # of the width of BLIP-2's vision tower
+    (tmp_path / "blip2").mkdir()
+    save_file(donor, tmp_path / "blip2" / "model.safetensors")
+    for off in ("", "model.brain.switches={region_branch = false}"):
+        base = open_base(recipe(place, f"model.brain.blip2={tmp_path / 'blip2'}", *([off] if off else [])))
+        state = base.model().brain.qformer.model.state_dict()
+        fits = [key for key in state if donor[f"qformer.{key}"].shape == state[key].shape]
+        assert all(state[key].eq(0.25).all() for key in fits) and len(state) > len(fits) > len(state) / 2
+        drawn = plain.model().brain.qformer.model.state_dict()
+        assert all(torch.equal(state[key], drawn[key]) for key in state if key not in fits)
+    assert open_base(recipe(place, f"model.brain.blip2={tmp_path / 'blip2'}")).identity != plain.identity
+    save_file({"qformer.layernorm.weight": torch.zeros(7)}, tmp_path / "blip2" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected a QFormer of width 24, found none of whose 1 tensors fits"):
+        base = open_base(recipe(place, f"model.brain.blip2={tmp_path / 'blip2'}"))
+        base.model()
+
+
+def test_a_checkpoint_knows_the_parts_and_the_tokens_it_was_trained_with(tmp_path, caplog):
+    folder = write_system(tmp_path / "system")
+    load_brain_model(find_brain_parts(folder))
+    assert not caplog.records
+    write_llava(tmp_path / "other", seed=1)
+    shutil.copy2(tmp_path / "other" / "model.safetensors", folder / "llava")
+    load_brain_model(find_brain_parts(folder))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "expected the parts it was trained around, found other weights: llava (" in line and "denoiser" not in line
+    file = folder / "brain.safetensors"
+    state, note = load_file(file), json.loads(read_metadata(file)["reasonbrain"])
+    assert note["img_tokens"][0] == "[IMG_1]" and len(note["around"]["denoiser"]) == 32
+    note["img_tokens"] = [name.replace("IMG", "img") for name in note["img_tokens"]]
+    save_file(state, file, metadata={"format": "pt", "reasonbrain": json.dumps(note)})
+    with pytest.raises(CheckpointError, match="to .IMG_32.., found rows trained for 32, .img_1."):
+        load_brain_model(find_brain_parts(folder))
+
+
+def test_options_of_the_recipe_reach_llava(place):
+    room = Room(place, "stage.0.brain.tame_gamma=0.8")
+    losses = room.step(room.plan.weights)
+    assert room.loaded.model.llava.focus == Focus(tame_gamma=0.8) and all(map(math.isfinite, losses.values()))
+    assert Room(place).loaded.model.llava.focus == Focus()
+    with pytest.raises(ConfigError, match="expected a LLaVA of more than 2 layers, found 2"):
+        Room(place, "stage.0.brain.token_select=0.5")
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains(place, tmp_path, parallel):
+    """The same batches, two a step: on one rank one after the other, on two ranks one each. Plain gradient descent, since Adam
+    would make whole steps of the rounding of gradients that are zero."""
+    rates = {"brain": 0.2, "projector": 0.2, "denoiser_first": 0.2, "denoiser": 0.05, "llava_lora": 0.5}
+    sets = ["stage.0.steps=3", "stage.0.validation.records=2", "stage.0.samples.every=0", "export.formats=[]"]
+    sets += [f"stage.0.train.{name}.lr={rate}" for name, rate in rates.items()]
+    sets += ["stage.0.optim.name=torch.optim.SGD", "stage.0.optim.warmup=0", "stage.0.train.llava_lora.dropout=0"]
+    # A gradient of another scale must show, so none is clipped.
+    sets += ["stage.0.optim.clip=0", "stage.0.log_every=1", "stage.0.checkpointing=true", f"run.parallel={parallel}"]
+    one = recipe(tmp_path / "one", *sets, "stage.0.packs.accumulation=2", shared=place)
+    assert run(one, quiet=True) == 0
+    two = recipe(tmp_path / "two", *sets, shared=place)
+    words = [*(f"run.out={two.out}", *SMALL, *sets), f"model.weights={place / 'parts'}", f"data.cache={place / 'cache'}"]
+    words += [f'data.records=["{place / "records"}"]']
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script(tmp_path))]
+    command += ["run", "tiny_brain_cpu", *(word for one_set in words for word in ("--set", one_set))]
+    ran = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    start = trained_tensors_of(open_base(one).model())
+    for name in ("brain.safetensors", "lora/adapter_model.safetensors"):
+        alone, both = (load_file(config.out / "1-reason" / "trained" / name) for config in (one, two))
+        assert alone.keys() == both.keys()
+        apart = sum(float((alone[key] - both[key]).square().sum()) for key in alone)
+        moved = sum(float((alone[key] - start[key]).square().sum()) for key in alone if key in start)
+        assert apart < 1e-6 * moved if name.startswith("brain") else apart < 1e-8, (name, apart, moved)
+    looks = [validations(config.out / "1-reason") for config in (one, two)]
+    assert [look["loss"] for look in looks[0]] == pytest.approx([look["loss"] for look in looks[1]], rel=1e-3)
+    assert load_brain_model(find_brain_parts(two.out / "1-reason" / "trained")).report["brain"] > 40
+
+
+def trained_tensors_of(model):
+    tensors = trained_tensors(model.brain, model.llava, model.network)
+    return {**tensors, **{f"denoiser.{name}": p for name, p in model.network.named_parameters()}}

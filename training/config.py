@@ -62,11 +62,13 @@ class DrawnCheckpoint(Table):
 class BrainModel(Table):
     """How a ReasonBrain is built around the parts in model.weights. preset: 7b, 3b or flux; spec: fields of
     `models.reasonbrain.spec.BrainSpec` that differ from it (what the parts decide is taken from them); switches: parts that are
-    left out, fields of `Switches` there."""
+    left out, fields of `Switches` there; blip2: a BLIP-2 (folder or file) whose QFormer the new one starts from, as the paper's
+    does."""
 
     preset: Literal["7b", "3b", "flux"] = "3b"
     spec: dict[str, Any] = {}
     switches: dict[str, bool | str] = {}
+    blip2: AnyPath | None = None
 
 
 class Model(Table):
@@ -254,7 +256,8 @@ class BrainStage(Table):
     """Of ReasonBrain's steps. batch: records of a micro-step. mllm, dm, align: weights of L_MLLM, L_DM and of the distance of V̂
     to the text encoder's states. drop_text, drop_image: shares of records whose condition is left out, drop_both of them both
     (the three-pass guidance needs them). features: whether what the frozen encoders see is kept; without, they run in every
-    step. guidance: input of FLUX's distilled guidance in training. image_guidance: of sample edits."""
+    step. guidance: input of FLUX's distilled guidance in training. image_guidance: of sample edits. token_select, tame_gamma:
+    our reading of what the paper takes from SID and TAME (`mllm/focus.py`), in training alone; 0 is off."""
 
     batch: int = Field(16, ge=1)
     mllm: float = Field(1.0, ge=0.0)
@@ -266,6 +269,8 @@ class BrainStage(Table):
     features: bool = True
     guidance: float = Field(1.0, ge=0.0)
     image_guidance: float = Field(1.5, ge=0.0)
+    token_select: Share = 0.0
+    tame_gamma: float = Field(0.0, ge=0.0, le=10.0)
 
     @model_validator(mode="after")
     def _shares(self) -> BrainStage:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from ..latents import FluxCodec, SDCodec, draw_normal
 from ..types import Conditioning, Counts, Edited, EditRequest, OnStep, ShouldStop
 from .layout import Kind
 from .model import BrainModel
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
 class Sampler(Protocol):
@@ -81,8 +84,6 @@ class ThreePassSampler:
 
     def run(self, noise, conditioning, prepared, request, *, grid, on_step, should_stop) -> Tensor:
         """See `Sampler`. request.guidance: the text's scale; request.image_guidance: the picture's."""
-        from diffusers import DDIMScheduler
-
         image = self.image_scale if request.image_guidance is None else request.image_guidance
         unpack = self.codec.unpack
 
@@ -94,8 +95,7 @@ class ThreePassSampler:
 
         made = sample(
             self.denoiser,
-            # Released folders name PNDM; DDIM of the same noise schedule is what the editors of this family sample with.
-            DDIMScheduler.from_config({**SD_SCHEDULE, **self.scheduler}),
+            sd_schedule(self.scheduler),
             unpack(noise, *grid),
             replace(conditioning, reference=unpack(conditioning.reference, *grid)),
             prepared,
@@ -116,6 +116,16 @@ SD_SCHEDULE = {
     "steps_offset": 1,
 }
 """Of SD 1.5 and SD 2.1-base, for what a folder's scheduler leaves open: DDIM's own defaults would clip the latents."""
+
+
+def sd_schedule(scheduler: Mapping[str, Any]) -> DDIMScheduler:
+    """The noise schedule that a folder's scheduler configuration means; training and sampling must both take it from here.
+
+    Released folders name PNDM; DDIM of the same noise schedule is what the editors of this family sample with.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config({**SD_SCHEDULE, **scheduler})
 
 
 class FlowSampler:

@@ -79,6 +79,11 @@ class BrainParts:
     segmenter: Path | None = None
     settings: BrainSettings = BrainSettings()
 
+    @property
+    def around(self) -> dict[str, Path]:
+        """The networks whose states and latents the trained tensors are made for; a checkpoint notes which they were."""
+        return {"llava": self.llava, "denoiser": self.network}
+
 
 def read_brain_settings(folder: Path) -> BrainSettings:
     """Settings of the system in `folder`, the defaults without a file. Raises ConfigError naming file and key."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..conditioners.brain_weights import FILE, add_denoiser_lora, load_brain, read_note, save_brain
+from ..conditioners.brain_weights import FILE, add_denoiser_lora, load_brain, read_note, save_brain, warn_of_other_parts
 from ..conditioners.reasonbrain import ReasonBrainConditioner
 from ..conditioners.text_states import TextStates, load_text_states
 from ..errors import CheckpointError, ConfigError
@@ -140,6 +140,7 @@ def load_brain_model(
             f"{parts.trained / FILE}: expected the denoiser's trained {FIRST[parts.kind]}, found none, and "
             f"{parts.network} is a base model that does not see the source. Save with the denoiser, or name the trained one."
         )
+    warn_of_other_parts(parts.trained, parts.around)
     log.info("%s: %s", parts.trained, ", ".join(f"{count} tensors of {part}" for part, count in report.items()))
     for module in (brain, llava.model, network):
         module.eval().requires_grad_(False)
@@ -185,7 +186,7 @@ def save_brain_model(folder: str | Path, model: BrainModel, parts: BrainParts) -
     `load_brain_model(find_brain_parts(folder))` gives the same model. Settings of the folder that `parts` came from stay.
     """
     folder = Path(folder)
-    save_brain(folder, model.brain, model.llava, model.network)
+    save_brain(folder, model.brain, model.llava, model.network, parts.around)
     write_brain_settings(folder, parts, **parts.settings.model_dump(exclude={"parts"}))
     return folder
 

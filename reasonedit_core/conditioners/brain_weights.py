@@ -6,10 +6,12 @@ The metadata holds widths and switches, so that the modules can be built from th
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.reasonbrain.spec import BrainSpec, Switches
-from ..weightfiles import read_metadata, read_state
+from ..weightfiles import read_metadata, read_state, weight_files
 
 if TYPE_CHECKING:
     from ..mllm.llava import Llava
@@ -28,6 +30,11 @@ FILE, LORA, NOTE = "brain.safetensors", "lora", "reasonbrain"
 
 DENOISER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Where a LoRA of the denoiser goes: the projections of its attention."""
+
+SAMPLES, PIECE = 512, 4096
+"""How many pieces of how many bytes `weights_digest` reads of a file."""
+
+log = logging.getLogger(__name__)
 
 
 def trained_tensors(brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None) -> dict[str, Tensor]:
@@ -54,8 +61,15 @@ def add_denoiser_lora(denoiser: Any, rank: int, alpha: int, targets: Sequence[st
         p.requires_grad_(True)
 
 
-def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: nn.Module | None = None) -> None:
-    """Write all that was trained into `folder`. The LoRA is written where LLaVA has one."""
+def save_brain(
+    folder: str | Path,
+    brain: ReasonBrain,
+    llava: Llava,
+    denoiser: nn.Module | None = None,
+    around: Mapping[str, Path] | None = None,
+) -> None:
+    """Write all that was trained into `folder`. The LoRA is written where LLaVA has one. around: where the parts lie that it
+    was trained around, by name; their digests are noted."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -63,6 +77,7 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
     tensors = trained_tensors(brain, llava, denoiser)
     note = {"spec": asdict(brain.spec), "switches": asdict(brain.switches), "img_tokens": list(llava.img_names)}
     note["lora"] = llava.peft is not None
+    note["around"] = {name: weights_digest(place) for name, place in (around or {}).items()}
     lora = getattr(denoiser, "peft_config", {}).get("default")
     if lora is not None:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
@@ -75,12 +90,15 @@ def save_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
 
 @dataclass(frozen=True, slots=True)
 class BrainNote:
-    """The metadata of a checkpoint. lora: whether LLaVA has one. denoiser_lora: rank, alpha and targets of the denoiser's."""
+    """The metadata of a checkpoint. lora: whether LLaVA has one. denoiser_lora: rank, alpha and targets of the denoiser's.
+    img_tokens: names of the [IMG] tokens. around: digests of the parts that it was trained around, {} where none were noted."""
 
     spec: BrainSpec
     switches: Switches
     lora: bool
     denoiser_lora: Mapping[str, Any] | None = None
+    img_tokens: tuple[str, ...] = ()
+    around: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_note(folder: str | Path) -> BrainNote:
@@ -91,7 +109,8 @@ def read_note(folder: str | Path) -> BrainNote:
         spec = {**note["spec"], "taps": tuple(note["spec"]["taps"])}
         lora = note.get("denoiser_lora")
         lora = None if lora is None else {name: lora[name] for name in ("rank", "alpha", "targets")}
-        return BrainNote(BrainSpec(**spec), Switches(**note["switches"]), bool(note["lora"]), lora)
+        told = {"img_tokens": tuple(note.get("img_tokens", ())), "around": dict(note.get("around", {}))}
+        return BrainNote(BrainSpec(**spec), Switches(**note["switches"]), bool(note["lora"]), lora, **told)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{file}: expected the metadata `{NOTE}` with widths and switches, found {error}. Name a folder of save_brain."
@@ -126,12 +145,57 @@ def load_brain(folder: str | Path, brain: ReasonBrain, llava: Llava, denoiser: n
             f"{folder / FILE}: expected {len(own)} tensors, found {len(state)}, of which {len(faults)} do not fit: "
             f"{'; '.join(faults[:8])}. Build the modules with build_brain and hand in the denoiser that was trained."
         )
-    if read_note(folder).lora:
+    note = read_note(folder)
+    if note.img_tokens and note.img_tokens != llava.img_names:
+        raise CheckpointError(
+            f"{folder / FILE}: expected the [IMG] tokens of this LLaVA ({_ends(llava.img_names)}), found rows trained for "
+            f"{_ends(note.img_tokens)}. Load it with the LLaVA it was trained on."
+        )
+    if note.lora:
         llava.load_lora(folder / LORA)
     for key, p in own.items():
         p.copy_(state[key])
     counts = Counter(key.partition(".")[0] for key in own)
     return {**counts, "lora": len(llava.trainable())}
+
+
+def _ends(names: Sequence[str]) -> str:
+    return f"{len(names)}, {names[0]} to {names[-1]}" if names else "none"
+
+
+def warn_of_other_parts(folder: str | Path, around: Mapping[str, Path]) -> list[str]:
+    """Names of the parts that are not those which the checkpoint in `folder` was trained around; one warning says so.
+
+    No error: the same weights in another dtype or in other shards are named too, and do as well.
+    """
+    noted = read_note(folder).around
+    other = [name for name, place in around.items() if name in noted and weights_digest(place) != noted[name]]
+    if other:
+        places = ", ".join(f"{name} ({around[name]})" for name in other)
+        log.warning(
+            "%s: expected the parts it was trained around, found other weights: %s. Where these are not the same in another "
+            "form, pictures will be wrong; name the right ones in reasonbrain.json.",
+            Path(folder) / FILE,
+            places,
+        )
+    return other
+
+
+def weights_digest(path: str | Path) -> str:
+    """A name for the weights at `path`: a hash of the sizes of their files and of SAMPLES pieces of each.
+
+    Not of every byte, as 14 GB would be read for a minute at every load; training changes every large tensor somewhere.
+    """
+    whole = hashlib.sha256()
+    for file in weight_files(path):
+        size = file.stat().st_size
+        whole.update(f"{size}:".encode())
+        step = max(PIECE, (size - PIECE) // SAMPLES)
+        with open(file, "rb") as stream:
+            for at in (*range(0, size, step), max(0, size - PIECE)):
+                stream.seek(at)
+                whole.update(stream.read(PIECE))
+    return whole.hexdigest()[:32]
 
 
 def key_report(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..interfaces import ObjectExtractor, RegionFinder
+from ..mllm.focus import ASKING, DROPPABLE, OTHER
 from ..mllm.llava import Llava
-from ..models.reasonbrain.assembler import assemble
+from ..models.reasonbrain.assembler import Part, assemble, assembled
 from ..models.reasonbrain.brain import ReasonBrain
 from ..models.reasonbrain.cme import Enhanced
 from ..models.reasonbrain.frce import Features
@@ -133,11 +134,25 @@ class ReasonBrainConditioner:
         projector = self.llava.projector
         image = projector(features.image.to(next(projector.parameters()).dtype))
         seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-        row = assemble([before, (image, seen), *self.brain.parts(cues), after, queries])
-        states, said = self.llava.run(*row, logits=logits)
+        parts = [before, (image, seen), *self.brain.parts(cues), after, queries]
+        roles = assembled(self._roles(parts, features), parts) if self.llava.focus.token_select else None
+        states, said = self.llava.run(*assemble(parts), logits=logits, roles=roles)
         own = next(self.brain.parameters())
         translated = self.brain.qformer(states.to(own.dtype))
         return BrainOutput(self.brain.cme(translated, features, cues), translated, said)
+
+    def _roles(self, parts: Sequence[Part], features: Features) -> list[Tensor]:
+        """Roles of `mllm.focus` for each token of each part of the row.
+
+        Picture, patches and the background may be hidden. The other regions are the segmenter's objects and stay (which of them
+        the instruction means is not known before the pass), and so do the objects' own tokens.
+        """
+        kinds = [OTHER, DROPPABLE, *([DROPPABLE, OTHER] if len(parts) > 4 else []), ASKING, ASKING]
+        roles = [torch.full_like(keep, kind, dtype=torch.long) for (_, keep), kind in zip(parts, kinds, strict=True)]
+        if len(parts) > 4 and features.geometry is not None and self.brain.switches.region_branch:
+            background = features.geometry[..., -1] > 0.5
+            roles[2][:, -background.shape[1] :] = torch.where(background, DROPPABLE, OTHER)
+        return roles
 
     @torch.no_grad()
     def condition(

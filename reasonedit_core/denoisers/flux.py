@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import CheckpointError, ConfigError
 from ..types import Conditioning, Counts, LatentImage
@@ -85,7 +86,8 @@ class FluxDenoiser:
         """latents (B, N, C) packed, t (B,) in 0..1, 1 = noise -> velocity (B, N, C).
 
         conditioning: tokens (B, T, 4096), pooled (B, 768) of the CLIP text encoder, and the source's packed latents as
-        `reference` (B, N, C) or as the one of `references`. ConfigError where one of them is missing or of another size.
+        `reference` (B, N, C) or as the one of `references`. A mask (B, T) hides tokens from attention. ConfigError where one
+        of them is missing or of another size.
         """
         if keep is not None or rows is not None:
             raise ConfigError("expected no region for ReasonBrain's FLUX, found one. Edit the whole picture.")
@@ -106,6 +108,10 @@ class FluxDenoiser:
             parts.append(added.flatten(2).transpose(1, 2))
         self.counts.denoiser_forwards += 1
         guidance = torch.full_like(t, self.guidance) if self.transformer.config.guidance_embeds else None
+        joint = None
+        if conditioning.mask is not None:  # FLUX has no argument for it; its attention has, over text and then latents
+            seen = functional.pad(conditioning.mask, (0, latents.shape[1]), value=True)
+            joint = {"attention_mask": seen[:, None, None]}
         return self.transformer(
             hidden_states=torch.cat(parts, dim=-1),
             encoder_hidden_states=conditioning.tokens.to(latents),
@@ -114,6 +120,7 @@ class FluxDenoiser:
             img_ids=_positions(grid).to(latents),
             txt_ids=latents.new_zeros(conditioning.tokens.shape[1], 3),
             guidance=guidance,
+            joint_attention_kwargs=joint,
         ).sample
 
 

@@ -38,20 +38,19 @@ def draw_drops(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return tuple((low <= u) & (u < high) for low, high in (TEXT_DROP, IMAGE_DROP))
 
 
-def drop(conditioning: Conditioning, null: Tensor, text: Tensor, image: Tensor) -> Conditioning:
+def drop(conditioning: Conditioning, null: Tensor | None, text: Tensor, image: Tensor) -> Conditioning:
     """The conditioning with text and picture taken from the rows where `text` and `image` (B,) bool say so.
 
     Without text the context is [null ; null] and R̄_textual zero; without the picture the source's latents and R̄_visual are.
-    null: (1, L, D).
+    null: (1, L, D), or None for a denoiser that never goes without text (FLUX, whose context is wider than CLIP's states).
+    Raises ConfigError for text to be dropped without a null, or with one of another width.
     """
-    device = conditioning.tokens.device
-    text, image = text.to(device), image.to(device)
-    tokens, keep = null_context(null.to(conditioning.tokens), conditioning.tokens.shape[1])
-    shown = conditioning.tokens.shape[:2]
-    mask = conditioning.mask
-    if mask is not None or not bool(keep.all()):
-        mask = torch.ones(shown, dtype=torch.bool, device=device) if mask is None else mask
-        mask = torch.where(text[:, None], keep.expand(shown), mask)
+    tokens, mask = conditioning.tokens, conditioning.mask
+    if null is None and bool(text.any()):
+        raise ConfigError("expected no text to be dropped without a null context, found some. Drop the picture alone.")
+    text, image = text.to(tokens.device), image.to(tokens.device)
+    if null is not None:
+        tokens, mask = _without_text(conditioning, null, text)
     residual = None
     if conditioning.residual is not None:
         rows = {4: image, 2: text}  # the map is of the picture, the vector of the text
@@ -59,11 +58,26 @@ def drop(conditioning: Conditioning, null: Tensor, text: Tensor, image: Tensor) 
     reference = conditioning.reference
     return replace(
         conditioning,
-        tokens=torch.where(text[:, None, None], tokens, conditioning.tokens),
+        tokens=tokens,
         mask=mask,
         residual=residual,
         reference=None if reference is None else reference.masked_fill(_over(image, reference), 0),
     )
+
+
+def _without_text(conditioning: Conditioning, null: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Context (B, T, D) and mask (B, T) with the null's in the rows of `text` (B,)."""
+    shown, mask = conditioning.tokens, conditioning.mask
+    if null.shape[-1] != shown.shape[-1]:
+        raise ConfigError(
+            f"expected a null context as wide as the context ({shown.shape[-1]}), found {null.shape[-1]}. Take the states of "
+            "the text encoder that the denoiser was trained with."
+        )
+    tokens, keep = null_context(null.to(shown), shown.shape[1])
+    if mask is not None or not bool(keep.all()):
+        mask = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device) if mask is None else mask
+        mask = torch.where(text[:, None], keep.expand(shown.shape[:2]), mask)
+    return torch.where(text[:, None, None], tokens, shown), mask
 
 
 def null_context(null: Tensor, length: int) -> tuple[Tensor, Tensor]:

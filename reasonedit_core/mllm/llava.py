@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json
 from ..weightfiles import read_json, weight_files
+from .focus import LOOKED, Focus, focused_pass, use_focus
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ class Llava:
         self.tokenizer = tokenizer
         self.mean, self.std = tuple(mean), tuple(std)
         self.peft: Any = None
+        self.focus = Focus()
+        self._attention: str | None = None
         config = model.config
         self.image_size: int = config.vision_config.image_size
         self.grid: int = self.image_size // config.vision_config.patch_size
@@ -110,19 +113,37 @@ class Llava:
         """Token ids before and behind the picture, the instruction among the latter, up to where the reply begins."""
         before, after = VICUNA[0], VICUNA[1].format(instruction)
         if self.tokenizer.chat_template:
-            content = [{"type": "image"}, {"type": "text", "text": instruction}]
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            if text.count(IMAGE_TOKEN) - instruction.count(IMAGE_TOKEN) != 1:
-                raise ConfigError(f"expected a chat template that writes {IMAGE_TOKEN} once, found {text[:200]!r}.")
-            before, _, after = text.partition(IMAGE_TOKEN)
+            before, _, after = self._templated(instruction).partition(IMAGE_TOKEN)
         # A template may write the start token itself; it must stand there once.
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(before, add_special_tokens=not (bos and before.startswith(bos))).input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return ids, self.tokenizer(after, add_special_tokens=False).input_ids
+
+    def _templated(self, instruction: str) -> str:
+        """The folder's chat template filled in, with the picture's token once before the instruction. ConfigError else.
+
+        Templates of LLaVA-1.5-hf read a list of parts; those that a language model came with (Phi-3) add strings up, and fail
+        on a list or print it.
+        """
+        listed = [{"type": "image"}, {"type": "text", "text": instruction}]
+        found = ""
+        for content in (listed, f"{IMAGE_TOKEN}\n{instruction}"):
+            message = [{"role": "user", "content": content}]
+            try:
+                text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # whatever a template of its folder raises: TypeError, jinja2's own errors
+                found = found or f"{type(error).__name__}: {error}"
+                continue
+            told = text.partition(IMAGE_TOKEN)[2]
+            if text.count(IMAGE_TOKEN) - instruction.count(IMAGE_TOKEN) == 1 and instruction.strip() in told:
+                return text
+            found = repr(text[:200])
+        raise ConfigError(
+            f"expected a chat template that writes {IMAGE_TOKEN} once and the instruction behind it, found {found}. Correct "
+            "the folder's chat_template, or remove it: then the form of LLaVA 1.5 is used."
+        )
 
     def embed(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids of several rows -> embeddings (B, L, M) and mask (B, L), padded on the right."""
@@ -131,19 +152,35 @@ class Llava:
         keep = torch.tensor([[n < len(row) for n in range(length)] for row in rows], device=self.device, dtype=torch.bool)
         return self.model.get_input_embeddings()(ids.view(len(rows), length)), keep.view(len(rows), length)
 
-    def run(self, tokens: Tensor, keep: Tensor, positions: Tensor, *, logits: bool = False) -> tuple[Tensor, Tensor | None]:
+    def set_focus(self, focus: Focus) -> None:
+        """Turn the options of `focus` on (or off) for all further passes; they are off at first. Interpretation, see there.
+
+        Raises ConfigError where no layer is left behind those that see every token.
+        """
+        layers = self.model.config.text_config.num_hidden_layers
+        if focus.token_select and layers <= LOOKED:
+            raise ConfigError(f"token_select: expected a LLaVA of more than {LOOKED} layers, found {layers}. Set it to 0.")
+        if bool(focus) != bool(self.focus):
+            config = self.model.model.language_model.config
+            self._attention = use_focus(config, self._attention if self.focus else None)
+        self.focus = focus
+
+    def run(
+        self, tokens: Tensor, keep: Tensor, positions: Tensor, *, logits: bool = False, roles: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """One pass over a row that ends in the r [IMG] tokens: tokens (B, L, M), keep and positions (B, L).
 
         -> V (B, r, M), the states at these tokens (after the final norm), and with `logits` (B, r, vocabulary), what is
-        predicted at the places before each of them (eq. A1).
+        predicted at the places before each of them (eq. A1). roles (B, L): of `focus`, read where its token_select is on.
         """
-        r = len(self.img_names)
-        states = self.model.model.language_model(
-            inputs_embeds=tokens.to(self.model.dtype),
-            attention_mask=keep.long(),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
+        r, language = len(self.img_names), self.model.model.language_model
+        tokens = tokens.to(self.model.dtype)
+        if self.focus:
+            states = focused_pass(language, tokens, keep, positions, self.focus, roles)
+        else:
+            states = language(
+                inputs_embeds=tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False
+            ).last_hidden_state
         said = self.model.lm_head(states[:, -r - 1 : -1]) if logits else None
         return states[:, -r:], said
 

@@ -14,9 +14,19 @@ import torch
 from torch import nn
 
 from ...reasonedit_core.brain.model import FIRST
-from ...reasonedit_core.conditioners.brain_weights import FILE, LORA, BrainNote, add_denoiser_lora, load_brain, read_note
+from ...reasonedit_core.conditioners.brain_weights import (
+    FILE,
+    LORA,
+    BrainNote,
+    add_denoiser_lora,
+    load_brain,
+    read_note,
+    warn_of_other_parts,
+)
 from ...reasonedit_core.errors import ConfigError
+from ...reasonedit_core.mllm.focus import Focus
 from ...reasonedit_core.weightfiles import read_json, read_shapes
+from ..config import BrainStage
 from ..presets import BRAIN, DENOISER, LLAVA, Chosen
 from ..presets import LORA as LORA_MODE
 from ..trainable import free, match, plain_names
@@ -82,6 +92,7 @@ def load_stage(base: BrainBase, plan: Plan, carried: Mapping[str, Carried]) -> B
     modules = {BRAIN: model.brain, LLAVA: model.llava.model, DENOISER: model.network}
     _add_loras(model, plan, before, where, base.config.run.seed)
     if before is not None:
+        warn_of_other_parts(before.folder, base.parts.around)
         load_brain(before.folder, model.brain, model.llava, model.network)
     for module in modules.values():
         module.requires_grad_(False)
@@ -101,10 +112,12 @@ def load_stage(base: BrainBase, plan: Plan, carried: Mapping[str, Carried]) -> B
     kept = before.denoiser if before is not None else frozenset()
     if plan.paints:
         _need_first(base, model, kept, where)
+        _check_drops(model, stage.brain or BrainStage(), where)
     if stage.checkpointing:
         _checkpoint(model)
-    finder = None if stage.brain is None or stage.brain.features else base.finder()
-    unit = BrainUnit(model, finder, 1.0 if stage.brain is None else stage.brain.guidance)
+    table = stage.brain or BrainStage()
+    model.llava.set_focus(Focus(table.token_select, table.tame_gamma))
+    unit = BrainUnit(model, None if table.features else base.finder(), table.guidance)
     return BrainLoaded(BrainModels(brain=unit), tuple(groups), modules, model, kept)
 
 
@@ -184,6 +197,16 @@ def _need_first(base: BrainBase, model: BrainModel, kept: frozenset[str], where:
         raise ConfigError(
             f"{where}.train: expected the set denoiser_first, as {base.parts.network} does not see the source yet, found none. "
             "Add [stage.train.denoiser_first] with a learning rate."
+        )
+
+
+def _check_drops(model: BrainModel, table: BrainStage, where: str) -> None:
+    """FLUX guides in one pass, so it never goes without text and there is nothing to put in the text's place."""
+    found = [name for name in ("drop_text", "drop_both") if getattr(table, name) > 0]
+    if model.kind == "flux" and found:
+        raise ConfigError(
+            f"{where}.brain.{found[0]}: expected 0 with FLUX, which guides in one pass and has no null context, found "
+            f"{getattr(table, found[0])}. Set drop_text and drop_both to 0; drop_image may stay."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,15 @@ import torch
 from ...reasonedit_core import flow
 from ...reasonedit_core.brain.generator import BrainGeometry
 from ...reasonedit_core.brain.layout import BrainParts, find_brain_parts
-from ...reasonedit_core.errors import ConfigError
+from ...reasonedit_core.errors import CheckpointError, ConfigError
 from ...reasonedit_core.load import DTYPES, choose_device, choose_dtype
 from ...reasonedit_core.models.reasonbrain.spec import PRESETS, BrainSpec, Switches
 from ...reasonedit_core.settings import Settings, read_settings
 from ...reasonedit_core.weightfiles import read_json, read_shapes
 from ..config import BrainModel as BrainTable
 from ..config import Config
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ...reasonedit_core.brain.model import BrainModel
@@ -41,6 +44,7 @@ class BrainBase:
         self.table = config.model.brain or BrainTable()
         self.spec = _spec(self.table.preset, self.table.spec)
         self.switches = _switches(self.table.switches)
+        self.blip2 = None if self.table.blip2 is None else config.place(self.table.blip2)
         self._model: BrainModel | None = None
         self._finder: RegionFinder | None = None
 
@@ -54,10 +58,12 @@ class BrainBase:
     def identity(self) -> str:
         """A hash of what the parts are, as `models.Base.identity` has it, and of the widths and switches."""
         digest = hashlib.sha256(repr((self.spec, self.switches)).encode())
-        for name, place in self.places.items():
+        places = {**self.places, **({"blip2": self.blip2} if self.blip2 is not None else {})}
+        for name, place in places.items():
             if name == "segmenter":  # what it has found is in the hash of the records' features
                 continue
-            sizes = [(file.name, file.stat().st_size) for file in sorted(place.rglob("*.safetensors"))]
+            files = [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
+            sizes = [(file.name, file.stat().st_size) for file in files]
             digest.update(repr((name, sorted(read_shapes(place).items()), sizes)).encode())
         return digest.hexdigest()
 
@@ -86,6 +92,17 @@ class BrainBase:
             )
             if self.switches != Switches():
                 _start_as_whole(self._model.brain, self.config.run.seed)
+            if self.blip2 is not None:
+                taken = self._model.brain.qformer.init_from_blip2(self.blip2)
+                if not taken.copied:
+                    raise CheckpointError(
+                        f"{self.blip2}: expected a QFormer of width {self.spec.qformer}, found none of whose "
+                        f"{len(taken.differing)} tensors fits. Name another BLIP-2, or leave model.brain.blip2 out."
+                    )
+                log.info(
+                    "%s: %d tensors of the QFormer taken, %d are of another shape (%s), %d are not there; those stay as drawn",
+                    self.blip2, len(taken.copied), len(taken.differing), ", ".join(taken.differing[:2]), len(taken.missing),
+                )  # fmt: skip
         return self._model
 
     def take(self) -> BrainModel:

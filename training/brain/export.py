@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...reasonedit_core.brain.generator import sd_schedule
 from ...reasonedit_core.brain.layout import DIFFUSION, SECOND, find_brain_parts, write_brain_settings
 from ...reasonedit_core.conditioners.brain_weights import FILE, save_brain
 from ...reasonedit_core.errors import ConfigError
@@ -81,6 +82,12 @@ def export(folder: Path, format: str, out: Path, name: str) -> Exported:
     where = "ComfyUI's Load Diffusion Model (models/diffusion_models) and the node ReasonBrain_Apply take it"
     if not known:
         where = "not of SD 1.5's widths, so ComfyUI itself does not know it; ReasonBrain_Edit runs the trained folder instead"
+    if sd_schedule(model.scheduler).config.prediction_type == "v_prediction":
+        zero = ", zsnr on" if model.scheduler.get("rescale_betas_zero_snr") else ""
+        where += (
+            f". It predicts v, which the file cannot say: put the node ModelSamplingDiscrete (sampling v_prediction{zero}) "
+            "behind the loader, or its pictures are noise"
+        )
     return Exported((path,), (f"{path}: the UNet with 8 input channels; {where}.",))
 
 
@@ -150,5 +157,6 @@ def _write_whole(model: BrainModel, parts: BrainParts, place: Path) -> Path:
     if settings.is_file():
         shutil.copy2(settings, place / settings.name)
     write_brain_settings(place, {}, **parts.settings.model_dump(exclude={"parts"}))
-    save_brain(place, model.brain, model.llava)  # last: where it is, all is there
+    around = {"llava": place / "llava", "denoiser": place / ("unet" if parts.kind == "sd" else "transformer")}
+    save_brain(place, model.brain, model.llava, around=around)  # last: where it is, all is there
     return place

@@ -15,6 +15,7 @@ from ...reasonedit_core.conditioners.brain_weights import FILE
 from ...reasonedit_core.errors import CheckpointError, ConfigError
 from ...reasonedit_core.files import write_json
 from ...reasonedit_core.images import load_image
+from ...reasonedit_core.mllm.focus import Focus
 from ...reasonedit_core.types import EditRequest
 from .. import adapters, rng
 from ..checkpoint import apply_weights
@@ -187,6 +188,9 @@ def write_samples(seen: Seen, path: Path, title: str, weights: AbstractContextMa
     generator = make_generator(model, chain, multiple=settings.multiple, image_scale=table.image_guidance)
     samples = []
     with weights or nullcontext(), seen.ranks.autocast(), gathered(seen.loaded.models), ExitStack() as stack:
+        # Token selection and TAME are of training alone; a sheet shows what an edit will be.
+        stack.callback(model.llava.set_focus, model.llava.focus)
+        model.llava.set_focus(Focus())
         stack.enter_context(rng.isolated())
         stack.enter_context(evaluating(seen.loaded.models.brain))
         for record in records:

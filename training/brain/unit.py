@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...reasonedit_core.brain.generator import SD_SCHEDULE
+from ...reasonedit_core.brain.generator import sd_schedule
 from ...reasonedit_core.conditioners.reasonbrain import as_conditioning
 from ...reasonedit_core.denoisers.flux import FluxDenoiser
 from ...reasonedit_core.denoisers.three_pass import drop
@@ -45,9 +45,7 @@ class BrainUnit(nn.Module):
         if model.kind == "flux":
             self.predictor = FluxDenoiser(model.network, guidance=guidance)
             return
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(dict(model.scheduler) or SD_SCHEDULE)
+        scheduler = sd_schedule(model.scheduler)
         self.alphas, self.target = scheduler.alphas_cumprod, scheduler.config.prediction_type
         self.predictor = UNetDenoiser(model.network, timesteps=len(self.alphas))
 
@@ -110,8 +108,9 @@ class BrainUnit(nn.Module):
         """L_DM of a batch under its conditioning, dropped where the batch says so -> (B,)."""
         device = self.device
         clean, noise, t = (x.to(device) for x in (batch.clean, batch.noise, batch.t))
-        source, null = batch.source.to(device), self.chain.text.null().to(made.tokens)
-        packed = self.kind == "flux"
+        source, packed = batch.source.to(device), self.kind == "flux"
+        # FLUX guides in one pass and never meets a null context; CLIP's states would not even fit its width.
+        null = None if packed else self.chain.text.null().to(made.tokens)
         if packed:
             grid = (clean.shape[-2] // 2, clean.shape[-1] // 2)
             clean, noise, source = (self.codec.pack(x) for x in (clean, noise, source))

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...reasonedit_core.errors import ConfigError
+from ..mini.brain_rows import COMPONENTS, FULL, PLAIN_ROW
+from .drawing import ALL
 
 ORDERED = (("think", "base"), ("think+reflect", "think"))
 """Pairs of which the second must not be surely above the first."""
+
+LEAST_ITEMS = 200
+"""Items that the components table of a shipped mini-brain is of."""
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -48,4 +53,31 @@ def faults_of(measured: Mapping[str, Any], card: Mapping[str, Any], *, group: st
                 f"{row['system']} ({group}): expected at least {shown[row['system']] - most:.2f}, {most:g} below the card's "
                 f"{shown[row['system']]:.2f}, found {row['overall']:.2f}"
             )
+    return faults
+
+
+def faults_of_components(table: Mapping[str, Any]) -> list[str]:
+    """Why a components table of mini-brain (the paper's Table 4 in small) may not be shipped, one sentence for each reason.
+
+    At least LEAST_ITEMS items, exactly the rows of `brain_rows.COMPONENTS`, the full model surely above the plain one, and no
+    row surely above the full one.
+    """
+    if table["table"] != "components":
+        raise ConfigError(f"expected a table components, found {table['table']!r}. Name another.")
+    faults = []
+    if table["n"] < LEAST_ITEMS:
+        faults.append(f"expected at least {LEAST_ITEMS} items, found {table['n']}")
+    rows = sorted({row["system"] for row in table["rows"]})
+    if rows != sorted(COMPONENTS):
+        faults.append(f"expected the systems {', '.join(sorted(COMPONENTS))}, found {', '.join(rows)}")
+    pairs = {pair["b"]: pair for pair in table["paired"] if pair["a"] == FULL and pair["group"] == ALL}
+    for row in (name for name in COMPONENTS if name != FULL):
+        if row not in pairs:
+            faults.append(f"expected a pair {FULL} - {row} of the group {ALL}, found none")
+            continue
+        pair = pairs[row]
+        if pair["high"] < 0 or (row == PLAIN_ROW and pair["low"] <= 0):
+            wanted = "above zero" if row == PLAIN_ROW else "that reaches zero"
+            span = f"{pair['difference']:+.2f} [{pair['low']:+.2f}, {pair['high']:+.2f}]"
+            faults.append(f"{FULL} - {row}: expected an interval {wanted}, found {span}")
     return faults

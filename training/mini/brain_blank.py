@@ -234,7 +234,7 @@ def _write_denoiser(folder: Path, kind: str, own: Sizes, width: int, dtype: torc
         DDIMScheduler(**{**_SD, "set_alpha_to_one": False, **own["scheduler"]}).save_pretrained(folder / "scheduler")
         return
     widths = {"joint_attention_dim": width, "pooled_projection_dim": width}
-    FluxTransformer2DModel(**widths, **own["transformer"]).to(dtype).save_pretrained(folder / "transformer")
+    FluxTransformer2DModel(**{**widths, **own["transformer"]}).to(dtype).save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
 
 

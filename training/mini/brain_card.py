@@ -9,9 +9,12 @@ from ...reasonedit_core.errors import ConfigError
 from ...reasonedit_core.files import write_whole
 from ...reasonedit_core.weightfiles import read_shapes
 from ..log import LOG, read_log
+from .books import BOOK_FILE
+from .brain_chain import BOOK
 from .brain_rows import PLACE, ROWS
 from .card import CARD, TABLES, grid
 
+NOTES = "notes.md"
 TABLE_NAMES = ("components", "components_switched", "enhancers")
 _SYSTEM = "mini-brain"
 _PARTS = {
@@ -34,8 +37,8 @@ kind. It edits drawn miniature scenes of 96x96 pixels by hypothetical instructio
 say nothing about how well a full-size model edits. It goes through the same loader and nodes as a full-size ReasonBrain; only
 the config files differ. `rows` holds the ablations: models that were trained with a part left out.
 
-    reasonedit edit SCENE.png "..." --system reasonbrain --weights DIR/mini-brain --out out
-    reasonedit-eval miniature --system DIR/mini-brain --table components --n 200 --out tables
+    reasonedit edit SCENE.png "..." --system mini-brain --out out
+    reasonedit-eval miniature --system mini-brain --table components --n 200 --out tables
 
 ## How it was made
 
@@ -49,12 +52,15 @@ start, with the same steps, data order and seed."""
 
 
 def write_brain_card(out: Path) -> Path:
-    """Write the card into OUT/mini-brain and return it. Tables are those of OUT/tables/mini-brain. ConfigError where the
-    miniature is not finished."""
+    """Write the card into OUT/mini-brain and return it. ConfigError where the miniature is not finished.
+
+    Tables are those of OUT/tables/mini-brain. NOTES beside them is written by hand: why a part does not help, where one does
+    not. It stands behind the tables, word for word.
+    """
     folder = out / _SYSTEM
     if not (folder / "brain.safetensors").is_file():
         raise ConfigError(f"expected a finished miniature at {folder}, found none. Let `reasonedit-train mini` run to its end.")
-    blocks = [_HEAD, _sizes(folder), _runs(out)]
+    blocks = [_HEAD, _sizes(folder), _records(out), _runs(out)]
     found = []
     for name in TABLE_NAMES:
         table = out / "tables" / _SYSTEM / name
@@ -62,6 +68,9 @@ def write_brain_card(out: Path) -> Path:
             found.append(table.with_suffix(".md").read_text(encoding="utf-8").strip())
             write_whole(folder / TABLES / f"{name}.json", table.with_suffix(".json").read_bytes())
     blocks += ["## Measured", *found] if found else ["## Measured\n\nNo table has been measured with these weights yet."]
+    notes = out / "tables" / _SYSTEM / NOTES
+    if found and notes.is_file():
+        blocks.append(notes.read_text(encoding="utf-8"))
     return write_whole(folder / CARD, ("\n\n".join(block.strip("\n") for block in blocks) + "\n").encode())
 
 
@@ -82,6 +91,27 @@ def _numbers(shape: tuple[int, ...]) -> int:
     for side in shape:
         count *= side
     return count
+
+
+def _records(out: Path) -> str:
+    """Counts and seeds of what was trained on. The parts' examples are counted by their steps."""
+    from .brain_parts import EDITOR, WORDS
+
+    rows = []
+    parts = {"llava": ("conversations about scenes", WORDS), "editor": ("clear edits", EDITOR)}
+    for part, (what, settings) in parts.items():
+        steps = _steps(out / "runs" / f"{part}-{_SYSTEM}")
+        if steps:
+            rows.append([f"{what}, drawn as {part} learns", f"{steps * settings.batch:,}", "", str(settings.seed)])
+    file = out / "records" / BOOK / BOOK_FILE
+    if file.is_file():
+        book = json.loads(file.read_text(encoding="utf-8"))
+        rows.append([f"{book['book']}, of every row", f"{book['count']:,}", f"{book['held_out']:,}", str(book["seed"])])
+    return grid(["records", "trained on", "for validation", "seed"], rows)
+
+
+def _steps(run: Path) -> int:
+    return sum(line["event"] == "step" for line in read_log(run)) if (run / LOG).is_file() else 0
 
 
 def _runs(out: Path) -> str:

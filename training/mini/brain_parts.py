@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...reasonedit_core.brain.generator import sd_schedule
 from ...reasonedit_core.brain.layout import find_brain_parts
 from ...reasonedit_core.denoisers.unet import load_unet
 from ...reasonedit_core.latents import SDCodec
@@ -271,7 +272,7 @@ class EditorUnit(nn.Module):
 def train_editor(settings: PartSettings, folder: Path, out: Path, run: Path) -> Path | None:
     """Train UNet and text encoder of the parts in `folder`, from their weights as they are, and write OUT/unet and
     OUT/text_encoder in bfloat16. Otherwise as `train_llava`."""
-    from diffusers import AutoencoderKL, DDPMScheduler
+    from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, CLIPTextModel
 
     parts = find_brain_parts(folder, trained=False)
@@ -279,7 +280,7 @@ def train_editor(settings: PartSettings, folder: Path, out: Path, run: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(str(parts.tokenizer), local_files_only=True)
     vae = AutoencoderKL.from_pretrained(str(parts.vae), torch_dtype=torch.float32, local_files_only=True)
     codec = SDCodec(vae.to(_device(settings)).eval().requires_grad_(False))
-    scheduler = DDPMScheduler.from_config(read_json(parts.scheduler / "scheduler_config.json"))
+    scheduler = sd_schedule(read_json(parts.scheduler / "scheduler_config.json"))
     unit = EditorUnit(load_unet(parts.network), encoder, tokenizer, codec, scheduler)
     side = read_json(parts.vae / "config.json")["sample_size"] // codec.patch
     own = settings.model_dump(mode="json", exclude=set(_FREE))

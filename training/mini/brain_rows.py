@@ -7,7 +7,7 @@ from collections.abc import Mapping
 Off = Mapping[str, bool | str]
 """Fields of `models.reasonbrain.spec.Switches` that differ from the full model."""
 
-FULL = "full"
+FULL, PLAIN_ROW = "full", "plain"
 
 COMPONENTS: Mapping[str, Off] = {
     FULL: {},
@@ -16,7 +16,7 @@ COMPONENTS: Mapping[str, Off] = {
     "no_id": {"id_controller": False},
     "no_vision": {"vision_enhancer": False},
     "no_text": {"text_enhancer": False},
-    "plain": {"patch_branch": False, "region_branch": False, "id_controller": False, "cme": "none"},
+    PLAIN_ROW: {"patch_branch": False, "region_branch": False, "id_controller": False, "cme": "none"},
 }
 """The paper's Tab. 4."""
 

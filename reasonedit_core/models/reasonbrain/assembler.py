@@ -39,10 +39,21 @@ def assemble(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
     dtype = parts[0][0].dtype
     tokens = torch.cat([part.to(dtype) for part, _ in parts], dim=1)
     keep = torch.cat([keep for _, keep in parts], dim=1)
-    length = int(keep.sum(dim=1).max())
-    # A stable sort moves what is invalid to the front and leaves the valid tokens in their order.
-    order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -length:]
+    order = _order(keep)
     keep = keep.gather(1, order)
     tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
     tokens = tokens.masked_fill(~keep[..., None], 0)  # whatever padding holds must not reach a sum of the language model
     return tokens, keep, (keep.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def assembled(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """Numbers of the tokens of each part (B, L of the part) in the order that `assemble` puts the parts into: (B, L)."""
+    order = _order(torch.cat([keep for _, keep in parts], dim=1))
+    return torch.cat(list(values), dim=1).gather(1, order)
+
+
+def _order(keep: Tensor) -> Tensor:
+    """Places of the tokens of the closed rows: a stable sort moves what is invalid to the front and leaves the valid tokens in
+    their order; the longest row has no padding."""
+    length = int(keep.sum(dim=1).max())
+    return keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -length:]
