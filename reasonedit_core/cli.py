@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_edit(args: argparse.Namespace) -> int:
     """`reasonedit edit`."""
     from .images import load_image
+    from .kernels import chosen_backends
     from .load import SystemSpec, choose_device, choose_dtype, load_system
     from .mini.scenes import picture_remark
     from .report import RunFolder
@@ -204,6 +206,8 @@ def run_edit(args: argparse.Namespace) -> int:
         draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
         image_guidance=args.image_guidance,
     )
+    chosen_backends()  # what ran before is not of this run
+    folder.ran = partial(chosen_backends, forget=False)
     trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
     for done in trace.rounds:
         print(round_line(done))
@@ -367,7 +371,8 @@ def _add_edit(commands) -> None:
     add("--lora", **several, help="LoRA file or peft folder for the DiT, the MLLM or both, as its keys say; may be repeated")
     add("--reasoner-lora", **several, help="the same for the MLLM of --reasoner qwen:DIR")
     add("--offload", choices=("none", "component", "block"), default="none", help="what waits in main memory until its turn")
-    add("--weights-dtype", choices=("auto", "fp8"), default="auto", help="fp8: keep the DiT's weights in 8 bits")
+    fp8 = "fp8: keep the DiT's weights in 8 bits; fp8-compute: multiply in them too, where the card can"
+    add("--weights-dtype", choices=("auto", "fp8", "fp8-compute"), default="auto", help=fp8)
     add("--attention", choices=ATTENTION, default="auto", help="what computes the DiT's attention (auto: the best that can)")
     add("--compile", action="store_true", help="torch.compile for the DiT's blocks: a slow first edit, quicker ones after it")
     add("--batched-cfg", action="store_true", help="both guidance passes of a step as one forward")

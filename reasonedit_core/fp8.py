@@ -4,6 +4,7 @@ Four forms are met: plain float8 without scales; ComfyUI's older `scaled_fp8` wi
 its newer `.weight_scale` with a `.comfy_quant` note per layer; and int8 with rotated weights (ConvRot), which is refused.
 `canonical` brings the first three to one: `<layer>.weight` and, where there is one, `<layer>.weight_scale` in float32,
 with weight = stored * scale. Only weights are kept low-bit; scales of activations are dropped, the sums run in `dtype`.
+Products in 8 bits are a choice of their own (`compute_in_fp8`), which takes its scales from the activations as they come.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import CheckpointError
+from .kernels import devices, scaled
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -108,25 +110,39 @@ class Fp8Linear(nn.Linear):
     weight (out, in) float8_e4m3fn; weight_scale () or (out,) float32; bias (out,) or None in the computing dtype.
     The result equals that of a Linear with the dequantised weight bit for bit; half the memory of bf16 is the point.
     `.to(dtype)` changes the bias alone.
+
+    computing: multiply in 8 bits where the device can (`kernels.scaled`), which rounds the activations too; else, and where
+    gradients are wanted, the dequantised form, with the reason in the log.
     """
 
-    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, computing: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a weight in the default dtype
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", weight_scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.computing = computing
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Fp8Linear:
+    def from_linear(cls, linear: nn.Linear, *, computing: bool = False) -> Fp8Linear:
         """A quantised copy of `linear`; on the meta device only the shapes."""
         if linear.weight.is_meta:
             empty = torch.empty(linear.weight.shape, dtype=FP8, device="meta")
-            return cls(empty, torch.ones((), device="meta"), linear.bias)
-        return cls(*quantize_tensor(linear.weight.detach()), linear.bias)
+            return cls(empty, torch.ones((), device="meta"), linear.bias, computing=computing)
+        return cls(*quantize_tensor(linear.weight.detach()), linear.bias, computing=computing)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out) in the dtype of x."""
+        if self.computing:
+            reason = scaled.unable(x, self.weight)
+            if reason is None:
+                return scaled.product(x, self.weight, self.weight_scale, self.bias)
+            if not torch.compiler.is_compiling():
+                devices.log_once(
+                    f"fp8 weights on {x.device.type} are brought to {x.dtype} and not multiplied in 8 bits: {reason}"
+                )
         weight = dequantize_tensor(self.weight, self.weight_scale, x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
@@ -160,6 +176,14 @@ def quantize_linears(
         owner = module.get_submodule(parent)
         setattr(owner, leaf, Fp8Linear.from_linear(getattr(owner, leaf)))
     return tuple(chosen)
+
+
+def compute_in_fp8(module: nn.Module) -> int:
+    """Let the Fp8Linears below `module` multiply in 8 bits where their device can; returns how many there are."""
+    layers = [child for child in module.modules() if isinstance(child, Fp8Linear)]
+    for layer in layers:
+        layer.computing = True
+    return len(layers)
 
 
 def module_bytes(module: nn.Module) -> int:

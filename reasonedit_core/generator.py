@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,8 @@ from .denoisers.region import denoise
 from .denoisers.step_cache import PredictedSteps
 from .errors import ConfigError, ReasonEditError
 from .interfaces import Codec, Conditioner, Denoiser
-from .kernels import guided_step
+from .kernels import chosen_backends, guided_step
+from .kernels.chosen import AUTO
 from .types import Conditioning, Counts, Edited, EditRequest, LatentImage, OnStep, ShouldStop
 
 Size = tuple[int, int]
@@ -39,8 +41,9 @@ PATCH = 16
 
 _KEPT_MOMENTS = 4
 
-PLAIN = "reference"
-"""The attention that an edit goes over to when its first step is not finite or empty: plain torch in float32."""
+SAFER = ("sdpa", "reference")
+"""The attention that an edit goes over to when its first step is not finite or empty: torch's own, then plain torch in float32,
+whose scores of all queries by all keys take gigabytes at full size."""
 
 NOT_FINITE, ONE_VALUE = "NaN or infinity", "one value everywhere"
 """What can be wrong with a first step."""
@@ -282,34 +285,61 @@ class FlowGenerator:
         released: guidance and step round where the released pipelines round, and not once at their end.
         """
 
-        seen = False
+        unseen = [each for each in (cond, uncond) if each is not None]
 
         def predict(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **part: Any) -> torch.Tensor:
-            nonlocal seen
-            velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
-            if seen:
-                return velocity
-            seen = True
-            fault = _fault(velocity)  # waits for the device once an edit
-            if fault and self._leave_attention(fault):
-                velocity = self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
-                fault = _fault(velocity)
-            if fault == NOT_FINITE:
-                raise _not_finite(x.dtype)
-            return velocity
+            def forward() -> torch.Tensor:
+                return self.denoiser(x, sigma, conditioning, grid=grid, references=references, **part)
+
+            if not unseen:
+                return forward()
+            # The first forward of each pass is looked at, which waits for the device; one of both passes is the first of both.
+            rest = [each for each in unseen if conditioning is not each and conditioning is not joined]
+            first, unseen[:] = len(rest) < len(unseen), rest
+            return self._checked(forward, x.dtype) if first else forward()
 
         joined = join_conditionings(cond, uncond) if self.batched_cfg and uncond is not None else None
         step = None if released else guided_step
         return flow.guided_velocity(predict, cond, uncond, scale=scale, combine=self.combine, joined=joined, step=step)
 
-    def _leave_attention(self, fault: str) -> bool:
-        """Go over to the plain attention in float32 for good, with a message; False where that is what ran."""
-        was = getattr(self.denoiser, "backend", PLAIN)
-        if was == PLAIN:
-            return False
-        log.warning("the first step came out as %s with attention %s: going on with %s, which is slower", fault, was, PLAIN)
-        self.denoiser.backend = PLAIN  # type: ignore[attr-defined]
-        return True
+    def _checked(self, forward: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The answer of a first forward. One that is not finite or empty is made again with safer attention, which is kept for
+        good where it helps; where none does the attention was not the reason, and stays. Raises ReasonEditError for NaN."""
+        velocity = forward()
+        fault = _fault(velocity)
+        was = getattr(self.denoiser, "backend", None)
+        for safer in self._safer() if fault else ():
+            now = self.denoiser.backend  # type: ignore[attr-defined]
+            log.warning("the first step came out as %s with attention %s: trying %s%s", fault, now, safer, _price(safer))
+            self._attend_by(safer)
+            try:
+                velocity = forward()
+            except torch.OutOfMemoryError:
+                log.warning("attention %s needs more memory than there is", safer)
+                break
+            fault = _fault(velocity)
+            if fault is None:
+                log.warning("attention %s gave a first step that is right: it is taken from here on", safer)
+                return velocity
+        if fault and was is not None:
+            self._attend_by(was)
+        if fault == NOT_FINITE:
+            raise _not_finite(dtype)
+        return velocity
+
+    def _safer(self) -> tuple[str, ...]:
+        """The backends that may be right where the denoiser's was not. Each goes past a host's attention, as any name does."""
+        was = getattr(self.denoiser, "backend", SAFER[-1])
+        if was == AUTO and chosen_backends(forget=False) == SAFER[:1]:
+            was = SAFER[0]  # nothing else has run
+        return SAFER[SAFER.index(was) + 1 :] if was in SAFER else SAFER
+
+    def _attend_by(self, backend: str) -> None:
+        self.denoiser.backend = backend  # type: ignore[attr-defined]
+        # What was prepared of a text has been through attention too.
+        forget = getattr(self.denoiser, "forget", None)
+        if forget is not None:
+            forget()
 
     def _finish(
         self, generated: torch.Tensor, request: EditRequest, picture: torch.Tensor, released: bool, source_size: bool
@@ -323,12 +353,17 @@ class FlowGenerator:
 
 
 def _fault(velocity: torch.Tensor) -> str | None:
-    """What is wrong with a first velocity, in words, or None. One value everywhere is what a kernel leaves that wrote nothing;
-    a network that was never trained may answer it too, so only the attention is changed for it."""
-    low, high = velocity.detach().aminmax()
-    if not bool(torch.isfinite(high - low)):
+    """What is wrong with a first velocity (B, N, C), in words, or None. One value everywhere in a sample is what a kernel that
+    wrote nothing leaves; a network that was never trained may answer it too, so only the attention is changed for it."""
+    # Read at once: every value that is read waits for the device.
+    lows, highs = torch.stack(velocity.detach().flatten(1).aminmax(dim=1)).tolist()
+    if not all(map(math.isfinite, (*lows, *highs))):
         return NOT_FINITE
-    return ONE_VALUE if bool(low == high) and velocity.numel() > 1 else None
+    return ONE_VALUE if velocity[0].numel() > 1 and any(map(operator.eq, lows, highs)) else None
+
+
+def _price(backend: str) -> str:
+    return ", which is slow and takes much memory" if backend == SAFER[-1] else ""
 
 
 def _not_finite(dtype: torch.dtype | None) -> ReasonEditError:

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ class RunFolder:
         """alpha: (1, 1, H, W) of the source, put back on every picture. counts: asked at every write. note: for the sheet."""
         self.folder, self.note = Path(folder), note
         self._alpha, self._run, self._counts = alpha, dict(run or {}), counts
+        self.ran: Callable[[], Sequence[str]] | None = None
+        """Which attention backends have run, for trace.json."""
         self._pictures: dict[int, bytes] = {}
         self._started = False
         # asked now, not after the first edit is paid for
@@ -135,7 +137,8 @@ class RunFolder:
                 texts = {"instruction": done.instruction, "round": str(done.index)}
                 self._pictures[done.index] = encode_png(with_alpha(done.image, self._alpha), texts)
                 write_whole(self.folder / picture_name(done.index), self._pictures[done.index])
-        write_json(self.folder / TRACE, trace_record(trace, self._counts(), self._run))
+        ran = {} if self.ran is None else {"attention_ran": list(self.ran())}
+        write_json(self.folder / TRACE, trace_record(trace, self._counts(), self._run | ran))
 
     def finish(self, trace: EditTrace) -> Path:
         """Store what is left of the run: the last trace, the result (the best round's very file) and the sheet."""

@@ -50,7 +50,7 @@ OnBytes = Callable[[int, int], None]
 """(bytes done, bytes in all): progress of a load."""
 
 STEP1X_VARIANTS = ("v1.0", "v1.1", "v1.2")
-WEIGHTS_DTYPES = ("auto", "fp8", "full")
+WEIGHTS_DTYPES = ("auto", "fp8", "fp8-compute", "full")
 _MARKERS = ("transformer_blocks.0.attn.norm_q.weight", "double_blocks.0.img_attn.qkv.weight")
 
 
@@ -214,7 +214,8 @@ def build(
     """A diffusers module of class `cls`, filled from `state` (canonical keys; emptied on the way), in eval mode.
 
     weights_dtype: `full` brings every weight to `dtype`; `fp8` keeps the Linears of the blocks as float8_e4m3fn (quantising
-    them where the file has not); `auto` keeps the file's fp8 when every Linear in it is float8_e4m3fn, else is `full`.
+    them where the file has not), and `fp8-compute` also multiplies in 8 bits where the device can (`fp8.Fp8Linear`); `auto`
+    keeps the file's fp8 when every Linear in it is float8_e4m3fn, else is `full`.
     """
     from accelerate import init_empty_weights
 
@@ -229,7 +230,8 @@ def build(
     kept = _fp8_linears(module, state, weights_dtype)
     if kept:
         fp8.quantize_linears(module, only=kept)
-        notes.append(f"{len(kept)} Linears kept as fp8")
+        computing = weights_dtype == "fp8-compute" and fp8.compute_in_fp8(module)
+        notes.append(f"{len(kept)} Linears kept as fp8" + (", multiplied in 8 bits where the device can" if computing else ""))
     elif any(value.dtype in fp8.LOW_BIT for value in state.values()):
         notes.append(f"low-bit weights brought to {str(dtype).removeprefix('torch.')} (weights_dtype fp8 keeps them)")
     report = load_into(module, state, dtype=dtype, device=device, what=what, notes=notes, on_bytes=on_bytes)
@@ -320,7 +322,7 @@ def _fp8_linears(module: nn.Module, state: Mapping[str, torch.Tensor], weights_d
         return set()
     linears = {name for name, child in module.named_modules() if type(child) is nn.Linear}
     stored = {name for name in linears if f"{name}.weight" in state and state[f"{name}.weight"].dtype == fp8.FP8}
-    if weights_dtype == "fp8":
+    if weights_dtype in ("fp8", "fp8-compute"):
         return stored | {name for name in linears if not fp8.is_skipped(name, fp8.DIT_SKIP)}
     return stored if stored == linears else set()
 

@@ -16,9 +16,14 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
 
 from reasonedit.reasonedit_core import kernels  # noqa: E402
 from reasonedit.reasonedit_core.kernels import trial, triton_attention, triton_ops  # noqa: E402
+from reasonedit.reasonedit_core.mllm.load import load_mllm  # noqa: E402
+from reasonedit.reasonedit_core.mllm.packed import PackedMLLM  # noqa: E402
 from reasonedit.reasonedit_core.packing import PackMask  # noqa: E402
 from reasonedit.tests import attention_cases  # noqa: E402
 from reasonedit.tests import kernel_cases as cases  # noqa: E402
+from reasonedit.tests import packed as text_packed  # noqa: E402
+from reasonedit.tests import test_models_packed as models_packed  # noqa: E402
+from reasonedit.tests.tiny import tiny_checkpoint  # noqa: E402
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -293,3 +298,59 @@ def test_k5_operators_satisfy_torch():
     call = (q, k, v, mask.lo, mask.hi, mask.seen_by(64), 0.25)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.reasonedit.interval_attention.default, call, test_utils=tests)
+
+
+# --- K5 in whole packed networks, as they are trained ---
+
+
+def packed_image(system, backend):
+    """The velocity of a pack of documents and padding, its network, and the leaves besides its weights; in half precision."""
+    documents = models_packed.make_documents(system)
+    transformer = models_packed.make_transformer(system, torch.float16)
+    pack = models_packed.pack_of(documents, padding=3)
+    velocity = models_packed.make_unit(system, transformer, backend=backend)(pack)
+    return models_packed.target_parts(pack, velocity), transformer, models_packed.leaves_of(documents)
+
+
+def packed_mllm(backend):
+    """The states of a pack and its losses, likewise."""
+    mllm = load_mllm(tiny_checkpoint("qwen2.5-vl", std=0.2), dtype=torch.float16)
+    mllm.model.requires_grad_(True)
+    documents = [text_packed.document(mllm, "make it red", "the sky is red", [text_packed.picture(0)])]
+    documents += [text_packed.document(mllm, "no picture here"), text_packed.document(mllm, "and this", "ok")]
+    states, ce = PackedMLLM(mllm, backend=backend).train()(text_packed.pack(documents, padding=5))
+    return [states[:-5], ce], mllm.model, []
+
+
+NETWORKS = {
+    **{f"{system}": partial(packed_image, system) for system in ("v1.1", "v1.2", "2509", "2511")},
+    "mllm": packed_mllm,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_k5_in_a_packed_network_is_batched_to_rounding(name):
+    """Velocities or states and losses, and the gradients of every weight and input."""
+    found = {}
+    for backend in ("interval", "batched"):
+        kernels.chosen_backends()
+        outs, net, leaves = NETWORKS[name](backend)
+        assert kernels.chosen_backends() == (backend,)
+        weights = dict(net.named_parameters())
+        loss = sum((out.float() * cases.Draw(torch.float32)(*out.shape)).sum() for out in outs)
+        grads = torch.autograd.grad(loss, [*weights.values(), *leaves], allow_unused=True)
+        named = zip([*weights, *(f"leaf {n}" for n in range(len(leaves)))], grads, strict=True)
+        found[backend] = torch.cat([out.detach().double().flatten() for out in outs]), dict(named)
+    (ours, gradients), (theirs, wanted) = found["interval"], found["batched"]
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 5e-3
+    whole = torch.cat([grad.double().flatten() for grad in wanted.values() if grad is not None]).norm()
+    apart = 0.0
+    for what, grad in wanted.items():
+        assert (grad is None) == (gradients[what] is None), what
+        if grad is not None:
+            error = float((gradients[what].double() - grad.double()).norm())
+            # Of its own length, or, for one that is nearly nothing, of all gradients' together.
+            assert error <= max(3e-2 * float(grad.double().norm()), 1e-4 * float(whole)), (what, error)
+            apart += error**2
+    assert 0 < apart**0.5 < 1e-2 * float(whole)

@@ -188,8 +188,10 @@ def edit(folder: Path, name: str) -> int:
 
 
 def test_the_command_line_takes_it_and_the_trace_says_it(tmp_path):
-    assert edit(tmp_path, "reference") == 0
-    assert json.loads((tmp_path / "out" / "trace.json").read_text())["request"]["attention"] == "reference"
+    for name, ran in (("reference", ["reference"]), ("auto", ["sdpa"])):
+        assert edit(tmp_path, name) == 0
+        asked = json.loads((tmp_path / "out" / "trace.json").read_text())["request"]
+        assert (asked["attention"], asked["attention_ran"]) == (name, ran)
 
 
 @pytest.mark.parametrize(

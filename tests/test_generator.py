@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from reasonedit.reasonedit_core import flow, images
+from reasonedit.reasonedit_core import generator as module
 from reasonedit.reasonedit_core import latents as latent
 from reasonedit.reasonedit_core.conditioners.step1x import Step1XConditioner
 from reasonedit.reasonedit_core.denoisers.dit import Step1XDenoiser
-from reasonedit.reasonedit_core.errors import ConfigError, Interrupted
+from reasonedit.reasonedit_core.errors import ConfigError, Interrupted, ReasonEditError
 from reasonedit.reasonedit_core.generator import FlowGenerator, Step1XGeometry
+from reasonedit.reasonedit_core.kernels import dispatch
 from reasonedit.reasonedit_core.latents import KLCodec, draw_normal, pack
 from reasonedit.reasonedit_core.mllm.load import load_mllm
 from reasonedit.reasonedit_core.types import Counts, EditRequest
@@ -327,48 +329,157 @@ def test_geometries_resize_as_their_release_did():
 
 
 class _Broken:
-    """A denoiser whose velocities are all `value` until the attention is plain; `never`: then too."""
+    """A denoiser whose velocities are all `value`, but by a backend out of `right`. which: of the calls that a fresh backend
+    computes, those that break (None: all). sample: the one of a batch that breaks (None: all). shown: what a call says has
+    computed attention."""
 
     kind = "velocity"
 
-    def __init__(self, inner, value, never):
-        self.inner, self.value, self.never, self.backend, self.calls = inner, value, never, "auto", 0
+    def __init__(self, inner, value, right=(), which=None, sample=None, backend="auto", shown=()):
+        self.inner, self.value, self.right, self.which, self.sample = inner, value, right, which, sample
+        self.backend, self.shown, self.calls = backend, shown, []
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def __call__(self, *args, **options):
-        self.calls += 1
-        velocity = self.inner(*args, **options)
-        return velocity if self.backend == "reference" and not self.never else torch.full_like(velocity, self.value)
+    def __call__(self, latents, t, conditioning, **options):
+        self.calls.append((self.backend, conditioning))
+        velocity = self.inner(latents, t, conditioning, **options)
+        for name in self.shown:
+            dispatch._RAN.add(name)
+        breaks = self.backend not in self.right and (self.which is None or len(self.calls) - 1 in self.which)
+        if breaks:
+            velocity = velocity.clone()
+            velocity[slice(None) if self.sample is None else self.sample] = self.value
+        return velocity
+
+    @property
+    def took(self):
+        return [backend for backend, _ in self.calls]
 
 
-@pytest.mark.parametrize("never", [False, True])
+def lately(generator, seed=0, **options):
+    asked = request((40, 30), guidance=4.0, size_level=64, **options)
+    dispatch._RAN.clear(), dispatch._TRACED.clear()
+    return run(generator, asked, seed).image
+
+
+NAN = float("nan")
+FAULTS = [(NAN, "NaN or infinity"), (float("inf"), "NaN or infinity"), (0.0, "one value everywhere")]
+
+
+@pytest.mark.parametrize(("value", "words"), FAULTS)
+def test_a_first_step_of_nothing_goes_on_with_sdpa_and_stays_there(caplog, value, words):
+    generator = make()
+    wanted = lately(generator)
+    broken = generator.denoiser = _Broken(generator.denoiser, value, ("sdpa", "reference"), shown=("interval",))
+    assert torch.equal(lately(generator), wanted)
+    assert broken.took == ["auto", *["sdpa"] * 4], "one forward was made again"
+    assert f"came out as {words} with attention auto: trying sdpa" in caplog.text and "attention sdpa gave a" in caplog.text
+    assert torch.equal(lately(generator), wanted) and broken.took[5:] == ["sdpa"] * 4, "and no other later"
+
+
 @pytest.mark.parametrize(
-    ("value", "words"), [(float("nan"), "NaN or infinity"), (float("inf"), "NaN or infinity"), (0.0, "one value everywhere")]
+    ("backend", "shown", "tried"),
+    [
+        ("auto", (), ("reference",)),  # `auto` was sdpa here, which is not tried again
+        ("auto", ("host",), ("sdpa", "reference")),
+        ("auto", ("interval",), ("sdpa", "reference")),
+        ("flash", (), ("sdpa", "reference")),
+        ("sage", (), ("sdpa", "reference")),
+        ("kitchen", (), ("sdpa", "reference")),
+        ("interval", (), ("sdpa", "reference")),
+        ("sdpa", (), ("reference",)),
+        ("reference", (), ()),
+    ],
 )
-def test_a_first_step_of_nothing_goes_on_with_plain_attention_or_ends_with_a_sentence(caplog, value, words, never):
-    from reasonedit.reasonedit_core.errors import ReasonEditError
-    from reasonedit.reasonedit_core.load import SystemSpec, load_system
-    from reasonedit.tests.tiny import tiny_checkpoint
+def test_attention_is_changed_step_by_step_and_not_for_itself(caplog, backend, shown, tried):
+    generator = make()
+    broken = generator.denoiser = _Broken(generator.denoiser, NAN, backend=backend, shown=shown)
+    with pytest.raises(ReasonEditError, match="first step came out as NaN or infinity.*also with plain attention"):
+        lately(generator)
+    assert broken.took == [backend, *tried]
+    assert broken.backend == backend, "the attention was not the reason"
+    assert ("which is slow and takes much memory" in caplog.text) == ("reference" in tried)
 
-    generator = load_system(
-        SystemSpec("reasonedit-s", tiny_checkpoint("step1x-v1p2", std=0.2), reasoner="none", dtype="float32", device="cpu")
-    ).generator
-    image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(3))
-    request = EditRequest(image, "paint it", steps=2, guidance=4.0, size_level=64)
 
-    def edit():
-        return generator.edit(request, image, "paint it", torch.Generator().manual_seed(0)).image
+@pytest.mark.parametrize("right", ["sdpa", "reference"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("value", [NAN, 0.0])
+def test_the_pass_without_the_instruction_is_looked_at_too(value, batched, right):
+    """A NaN in it alone would be seen after the step only, where nothing can be made again."""
+    generator = make(batched_cfg=batched)
+    wanted = lately(generator)
+    which = {"sample": 1} if batched else {"which": (1, 2)}
+    broken = generator.denoiser = _Broken(generator.denoiser, value, (right,), shown=("interval",), **which)
+    torch.testing.assert_close(lately(generator), wanted)
+    again = ["sdpa"] if right == "sdpa" else ["sdpa", "reference"]
+    first, rest = (["auto"], [right]) if batched else (["auto", "auto"], [right, right])
+    assert broken.took == [*first, *again, *rest]
 
-    wanted, generator.denoiser = edit(), _Broken(generator.denoiser, value, never)
-    if never and value == 0:
-        assert edit().isfinite().all(), "an untrained network may say so"
-        return
-    if never:
-        with pytest.raises(ReasonEditError, match="first step came out as NaN or infinity.*also with plain attention"):
-            edit()
-        return
-    assert torch.equal(edit(), wanted) and generator.denoiser.calls == 5, "one forward was made again"
-    assert f"came out as {words} with attention auto: going on with reference" in caplog.text
-    assert torch.equal(edit(), wanted) and generator.denoiser.calls == 9, "and no other later"
+
+def test_the_device_is_waited_for_once_per_pass(monkeypatch):
+    generator, looks = make(), []
+    true = module._fault
+    monkeypatch.setattr(module, "_fault", lambda velocity: looks.append(1) or true(velocity))
+    for guidance, passes in ((1.0, 1), (4.0, 2)):
+        looks.clear()
+        run(generator, request(steps=3, guidance=guidance))
+        assert len(looks) == passes
+    generator.batched_cfg = True
+    looks.clear()
+    run(generator, request(steps=3))
+    assert len(looks) == 1
+    reads = []
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "item", "__bool__", "__float__"):
+            read = getattr(torch.Tensor, name)
+            patch.setattr(torch.Tensor, name, lambda self, read=read, name=name: reads.append(name) or read(self))
+        true(torch.randn(2, 3, 4))
+    assert reads == ["tolist"]
+
+
+def test_an_untrained_network_keeps_its_attention():
+    generator = make()
+    broken = generator.denoiser = _Broken(generator.denoiser, 0.0, shown=("interval",))
+    assert lately(generator).isfinite().all() and broken.backend == "auto"
+
+
+def test_a_host_is_gone_past_and_what_it_prepared_is_forgotten(caplog):
+    """The host's attention is set on the denoiser; a text is prepared by it before the first step."""
+    generator = make()
+    wanted, calls = lately(generator), []
+
+    def host(q, k, v, mask):
+        calls.append(1)
+        return torch.full_like(q, NAN)
+
+    generator.denoiser.host = host
+    generator.denoiser.forget()
+    torch.testing.assert_close(lately(generator), wanted)
+    assert "with attention auto: trying sdpa" in caplog.text and generator.denoiser.backend == "sdpa"
+    asked = len(calls)
+    torch.testing.assert_close(lately(generator), wanted)
+    assert calls and len(calls) == asked, "the host is not asked again"
+
+
+def test_plain_attention_that_does_not_fit_says_what_was_wrong():
+    generator = make()
+    broken = generator.denoiser = _Broken(generator.denoiser, NAN, backend="sdpa")
+    forward = broken.inner.__call__
+
+    def inner(*call, **options):
+        if broken.backend == "reference":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*call, **options)
+
+    broken.inner = inner
+    with pytest.raises(ReasonEditError, match="first step came out as NaN or infinity"):
+        lately(generator)
+
+
+def test_large_values_of_half_precision_are_no_fault():
+    """Their distance is beyond what float16 can say."""
+    assert module._fault(torch.tensor([[[-6e4], [6e4]]], dtype=torch.float16)) is None
+    assert module._fault(torch.tensor([[[1.0], [2.0]], [[3.0], [3.0]]])) == "one value everywhere"
+    assert module._fault(torch.tensor([[[1.0], [2.0]], [[3.0], [-NAN]]])) == "NaN or infinity"

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonedit.reasonedit_core.errors import BackendUnavailable, ConfigError
-from reasonedit.reasonedit_core.kernels import Backend, Refused, attention, dispatch, explain, reference, sdpa, select
+from reasonedit.reasonedit_core.kernels import (
+    Backend,
+    Refused,
+    attention,
+    chosen_backends,
+    dispatch,
+    explain,
+    reference,
+    sdpa,
+    select,
+)
 
 MASKS = {
     "none": lambda b, h, t, s: None,
@@ -226,3 +236,60 @@ def test_compile_sees_one_graph_without_logging(caplog):
         got = compiled(q, k, v, keep)
     assert not [record for record in caplog.records if record.name == dispatch.__name__]
     assert torch.equal(got, attention(q, k, v, keep))
+
+
+# --- what ran ---
+
+
+@pytest.fixture
+def unheard(monkeypatch):
+    """Nothing has run, nothing was compiled."""
+    monkeypatch.setattr(dispatch, "_RAN", set())
+    monkeypatch.setattr(dispatch, "_TRACED", set())
+
+
+def test_what_ran_since_it_was_last_asked_is_told(unheard, picky):
+    q, k, v, keep = make(mask="pairs")
+    assert chosen_backends() == ()
+    attention(q, k, v, keep)
+    attention(q, k, v)
+    attention(q, k, v)
+    attention(q, k, v, backend="reference")
+    assert chosen_backends(forget=False) == chosen_backends() == ("picky", "sdpa", "reference")
+    assert chosen_backends() == ()
+    with pytest.raises(BackendUnavailable):
+        attention(q, k, v, keep, backend="picky")
+    assert chosen_backends() == (), "what cannot run has not run"
+
+
+def test_a_host_that_computed_is_told_and_one_that_refused_is_not(unheard):
+    q, k, v, keep = make(mask="pairs")
+
+    def host(q, k, v, mask):
+        if mask is not None:
+            raise Refused("no masks")
+        return q
+
+    attention(q, q, q, host=host)
+    assert chosen_backends() == ("host",)
+    attention(q, k, v, keep, host=host)
+    assert chosen_backends() == ("sdpa",)
+
+
+def test_a_compiled_graph_tells_what_it_was_made_of_and_is_made_once(unheard):
+    torch.compiler.reset()  # what other tests compiled of it counts towards shapes that are not fixed
+    q, k, v, _ = make(hk=2)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attention, backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(compiled(q, k, v), attention(q, k, v))
+        attention(q, k, v, backend="reference")
+        assert chosen_backends() == ("sdpa", "reference")
+        compiled(q, k, v)
+        assert chosen_backends() == ("sdpa",)
+    assert len(graphs) == 1

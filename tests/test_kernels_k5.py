@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -261,6 +262,10 @@ def clock(monkeypatch):
     return SimpleNamespace(taken=taken, calls=calls, ours=ours, theirs=theirs)
 
 
+def broken(q, k, v):
+    raise RuntimeError("no")
+
+
 def timed(clock, inputs):
     return timing.slower("interval", clock.ours, "sdpa", clock.theirs, tuple(inputs))
 
@@ -283,9 +288,6 @@ def test_a_tie_goes_to_the_library(clock):
 
 
 def test_a_backend_that_breaks_while_it_is_timed_is_not_taken(clock):
-    def broken(q, k, v):
-        raise RuntimeError("no")
-
     reason = timing.slower("interval", broken, "sdpa", clock.theirs, tuple(make(100)))
     assert reason == "timing it failed (RuntimeError: no)"
 
@@ -295,6 +297,28 @@ def test_nothing_is_timed_while_a_graph_is_captured(clock, monkeypatch):
     assert "not timed yet" in timed(clock, make(100))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert timed(clock, make(100)) is None
+
+
+def test_explain_lists_what_was_timed_on_the_card(clock, monkeypatch):
+    assert timing.explain(torch.device("cuda", 0)) == []
+    timed(clock, make(100))
+    clock.taken["ours"] = 3.0
+    timed(clock, make(200, dtype=torch.bfloat16))
+    timing.slower("interval", broken, "sdpa", clock.theirs, tuple(make(400)))
+    lines = timing.explain(torch.device("cuda", 0))
+    assert lines[0].startswith(
+        "  timed: interval took 1.000 ms where sdpa took 2.000 ms (q (1, 100, 4, 16), k (1, 100, 2, 16))"
+    )
+    assert lines[0].endswith(": interval is taken, float32") and lines[1].endswith(": sdpa is taken, bfloat16")
+    assert lines[2] == "  timed: interval against sdpa (q (1, 400, 4, 16)): timing it failed (RuntimeError: no), float32"
+    monkeypatch.setattr(devices, "number", lambda device: 1)
+    assert timing.explain(torch.device("cuda", 1)) == [], "another card"
+    monkeypatch.setattr(devices, "number", lambda device: 0)
+    rows = tuple(replace(backend, available=lambda device: None) for backend in dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", rows)
+    monkeypatch.setattr(dispatch.ops, "explain", lambda device: [])
+    monkeypatch.setattr(dispatch.scaled, "refusal", lambda device: "no card is here")
+    assert "\n".join(lines) in explain(torch.device("cuda", 0))
 
 
 # --- the operator ---

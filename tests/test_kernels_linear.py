@@ -1,6 +1,7 @@
 """Linears on oneDNN: the same answers, for whom they are, and for whom not."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,16 +81,62 @@ def test_a_machine_that_lacks_something_keeps_its_linears_and_says_why(monkeypat
             assert "at home on this processor (GenuineIntel)" in linear.lacking()
             assert "torch's own; oneDNN: MKL is at home" in explain("cpu")
         assert hasten(net) == 0 and type(net) is nn.Linear
-        monkeypatch.setattr(linear, "_maker", lambda: "AuthenticAMD")
-        monkeypatch.setattr(linear, "_product", lambda x, weight, bias, *how: functional.linear(x, weight, bias) + 1)
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-        linear._lacking.cache_clear()
-        assert "failed its test" in linear.lacking() or "does not offer" in linear.lacking()
-        monkeypatch.setattr(linear, "_product", lambda *args: torch.ops.mkldnn._no_such_operator())
-        linear._lacking.cache_clear()
-        assert linear.lacking() and hasten(net) == 0
     finally:
         linear._lacking.cache_clear()
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A processor that MKL does not know, a torch that has MKL and oneDNN; nothing remembered, before or after."""
+    monkeypatch.setattr(linear, "_maker", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    linear._lacking.cache_clear()
+    yield
+    linear._lacking.cache_clear()
+
+
+def refused(words):
+    net = nn.Linear(4, 4)
+    assert linear.lacking() == words
+    assert hasten(net) == 0 and type(net) is nn.Linear
+
+
+@needs_operator
+def test_such_a_processor_with_the_operator_takes_it(amd):
+    assert linear.lacking() is None
+    assert "float32 products on cpu: oneDNN would run" in explain("cpu")
+
+
+def test_a_torch_without_mkl_needs_no_other_product(amd, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    refused("torch does not multiply with MKL here")
+
+
+def test_a_torch_without_onednn_says_so(amd, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    refused(f"torch {torch.__version__} does not offer oneDNN's product")
+
+
+def test_a_torch_without_the_operator_says_so(amd, monkeypatch):
+    """`torch.ops.mkldnn` makes its operators when they are asked for, so the whole namespace is hidden."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    refused(f"torch {torch.__version__} does not offer oneDNN's product")
+
+
+@needs_operator
+def test_an_operator_of_another_signature_says_so(amd, monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=lambda x, weight: x))
+    assert linear.lacking().startswith("oneDNN's product cannot be called (")
+    linear._lacking.cache_clear()
+    monkeypatch.setattr(linear, "_product", lambda *args: torch.ops.mkldnn._no_such_operator())
+    assert "_no_such_operator" in linear.lacking() and hasten(nn.Linear(4, 4)) == 0
+
+
+@needs_operator
+def test_an_operator_that_is_wrong_says_so(amd, monkeypatch):
+    monkeypatch.setattr(linear, "_product", lambda x, weight, bias, *how: functional.linear(x, weight, bias) + 1)
+    refused("oneDNN's product failed its test here")
 
 
 def test_kernels_switched_off_keep_linears_too(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 
@@ -260,6 +261,99 @@ def test_varlen_groups_are_asked_of_torch_where_it_has_them():
     from torch.nn.attention.varlen import varlen_attn
 
     assert varlen._groups(varlen_attn) == (torch.__version__.split(".")[:2] != ["2", "11"])
+
+
+# older releases of torch, and machines that lack something: each thing hidden in turn
+
+
+@pytest.fixture
+def forget():
+    """Nothing of what a test hid is remembered after it."""
+    for probe in (varlen._missing, flex._missing):
+        probe.cache_clear()
+    yield
+    for probe in (varlen._missing, flex._missing):
+        probe.cache_clear()
+
+
+@pytest.fixture
+def whole(forget, monkeypatch):
+    """A machine that has it all."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    monkeypatch.setattr(flex, "find_spec", lambda name: object())
+
+
+CARD = torch.device("cuda", 0)
+
+
+def test_a_machine_that_has_it_all_can_run_both(whole):
+    assert varlen.available(CARD) is None and flex.available(CARD) is None
+
+
+def no_varlen(monkeypatch):
+    from torch.nn.attention import varlen as theirs
+
+    monkeypatch.delattr(theirs, "varlen_attn")
+
+
+def no_varlen_module(monkeypatch):
+    import torch.nn.attention
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    monkeypatch.delattr(torch.nn.attention, "varlen", raising=False)
+
+
+def no_flash(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+
+
+def old_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("hide", "words"),
+    [
+        (no_varlen, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn"),
+        (no_varlen_module, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn"),
+        (no_flash, "this torch was built without flash attention"),
+        (old_card, "it needs a card of compute capability 8.0 or newer, found 7.5"),
+    ],
+)
+def test_what_varlen_lacks_is_said(whole, monkeypatch, hide, words):
+    hide(monkeypatch)
+    assert varlen.available(CARD) == words
+
+
+def no_blocks(monkeypatch):
+    from torch.nn.attention.flex_attention import BlockMask
+
+    monkeypatch.delattr(BlockMask, "from_kv_blocks")
+
+
+def no_flex_module(monkeypatch):
+    import torch.nn.attention
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.flex_attention", None)
+    monkeypatch.delattr(torch.nn.attention, "flex_attention", raising=False)
+
+
+def no_triton(monkeypatch):
+    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("hide", "words"),
+    [
+        (no_blocks, f"torch {torch.__version__} has no BlockMask.from_kv_blocks"),
+        (no_flex_module, f"torch {torch.__version__} has no BlockMask.from_kv_blocks"),
+        (no_triton, "Triton, which compiles it, is not installed"),
+    ],
+)
+def test_what_flex_lacks_is_said(whole, monkeypatch, hide, words):
+    hide(monkeypatch)
+    assert flex.available(CARD) == words
 
 
 # the dispatch

@@ -11,17 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from reasonedit.reasonedit_core import fp8
 from reasonedit.reasonedit_core.errors import CheckpointError
 from reasonedit.reasonedit_core.fp8 import (
     FP8,
     Fp8Linear,
     canonical,
+    compute_in_fp8,
     dequantize,
     dequantize_tensor,
     module_bytes,
     quantize_linears,
     quantize_tensor,
 )
+from reasonedit.reasonedit_core.kernels import devices, explain, scaled, trial
 
 QUICK = settings(max_examples=30, derandomize=True, deadline=None)
 
@@ -231,3 +234,158 @@ class TestFp8Linear:
         quantize_linears(net)
         assert all(t.is_meta for t in (*net.parameters(), *net.buffers()))
         assert net.blocks[0][0].weight.dtype == FP8
+
+
+CARD = torch.device("cuda", 0)
+WAYS = [way for way in scaled.WAYS if scaled._absent(way) is None]
+"""torch's functions that are there; they run on the CPU as well."""
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The CPU multiplies in 8 bits."""
+    if not WAYS:
+        pytest.skip("this torch has no product with scales")
+    monkeypatch.setattr(scaled, "_way", lambda device: (WAYS[-1], None))
+    devices.log_once.cache_clear()
+
+
+def layer(dtype=torch.bfloat16, scale=0.02, bias=True, computing=True, features=(64, 48)):
+    weight = random(features[1], features[0]).to(FP8)
+    scale = torch.tensor(scale) if isinstance(scale, float) else scale
+    return Fp8Linear(weight, scale, random(features[1], seed=2).to(dtype) if bias else None, computing=computing)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+class TestComputing:
+    """Products in 8 bits: opted in to, probed, tested on the card, and the dequantised form wherever they do not fit."""
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("scale", [0.02, torch.linspace(0.01, 0.1, 48)], ids=["one scale", "by row"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_the_product_is_that_of_the_rounded_activations(self, here, monkeypatch, dtype, scale, bias, way):
+        """Against float64 on what was rounded: nothing but the answer's own rounding is between them."""
+        monkeypatch.setattr(scaled, "_way", lambda device: (way, None))
+        net, x = layer(dtype, scale, bias), random(2, 5, 64, seed=1).to(dtype)
+        stored, scales = scaled.quantize_rows(x.flatten(0, 1))
+        rounded = (stored.double() * scales.double()).view(2, 5, 64)
+        weight = net.weight.double() * net.weight_scale.double().reshape(-1, 1)
+        wanted = rounded @ weight.t() + (net.bias.double() if bias else 0)
+        with torch.no_grad():
+            found = net(x)
+        assert found.shape == (2, 5, 48) and found.dtype == dtype
+        assert apart(found, wanted) < 4e-3
+
+    def test_against_the_dequantised_form_it_is_off_by_the_rounding_of_activations(self, here):
+        """Three mantissa bits of random numbers: between one and four parts in a hundred. Not less, or nothing was rounded."""
+        net, x = layer(features=(512, 256)), random(64, 512, seed=1).to(torch.bfloat16)
+        with torch.no_grad():
+            found = net(x)
+            net.computing = False
+            assert 0.01 < apart(found, net(x)) < 0.04
+
+    def test_rows_are_rounded_apart_and_nothing_overflows(self):
+        x = torch.cat([random(1, 64), 1e4 * random(1, 64, seed=1), torch.zeros(1, 64), 1e-30 * random(1, 64, seed=2)])
+        stored, scale = scaled.quantize_rows(x)
+        assert stored.dtype == FP8 and scale.shape == (4, 1) and scale.dtype == torch.float32
+        assert stored.float().isfinite().all() and (stored[[0, 1, 3]].float().abs().amax(1) == 448).all()
+        assert stored[2].float().abs().max() == 0
+        error = (stored.float() * scale - x).abs()
+        assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all()
+        worst = torch.full((1, 16), 65504.0, dtype=torch.float16)
+        assert torch.equal(scaled.quantize_rows(worst)[0].float(), torch.full((1, 16), 448.0))
+        assert scaled.quantize_rows(torch.tensor([[float("nan")] * 16]))[0].float().isnan().all(), "damage is not hidden"
+
+    @pytest.mark.parametrize(
+        ("x", "features", "words"),
+        [
+            (random(3, 64), (64, 48), "it takes float16 or bfloat16, got torch.float32"),
+            (random(3, 24).bfloat16(), (24, 48), "multiples of 16 in and out, got 24 and 48"),
+            (random(3, 64).bfloat16(), (64, 20), "multiples of 16 in and out, got 64 and 20"),
+            (random(0, 64).bfloat16(), (64, 48), "there is nothing to multiply"),
+        ],
+    )
+    def test_other_calls_take_the_dequantised_form_and_say_why_once(self, here, caplog, x, features, words):
+        net = layer(features=features)
+        with caplog.at_level("INFO"), torch.no_grad():
+            for _ in range(2):
+                found = net(x)
+        net.computing = False
+        assert torch.equal(found, net(x))
+        assert sum(words in line and "are brought to" in line for line in caplog.messages) == 1
+
+    def test_gradients_are_those_of_the_dequantised_form(self, here):
+        net, x = layer(), random(3, 64, seed=1).to(torch.bfloat16).requires_grad_()
+        (found := net(x)).sum().backward()
+        grad, x.grad, net.computing = x.grad, None, False
+        (wanted := net(x)).sum().backward()
+        assert torch.equal(found, wanted) and torch.equal(grad, x.grad)
+        net.computing = True
+        with torch.no_grad():
+            assert not torch.equal(net(x), wanted)
+
+    def test_it_is_opted_in_to(self, here):
+        net = Net()
+        quantize_linears(net)
+        assert not any(child.computing for child in net.modules() if isinstance(child, Fp8Linear))
+        assert compute_in_fp8(net) == 2 and all(net.blocks[0][n].computing for n in (0, 2))
+        assert Fp8Linear.from_linear(nn.Linear(16, 16), computing=True).computing
+        with torch.device("meta"):
+            assert Fp8Linear.from_linear(nn.Linear(16, 16), computing=True).computing
+
+    def test_the_cpu_and_switched_off_kernels_say_why(self, monkeypatch):
+        assert scaled.refusal(torch.device("cpu")) == "it needs CUDA, not cpu"
+        assert "fp8 products on cpu: dequantised; it needs CUDA, not cpu" in explain("cpu")
+        monkeypatch.setenv("REASONEDIT_KERNELS", "off")
+        assert scaled.refusal(CARD) == "REASONEDIT_KERNELS=off"
+
+    def test_a_card_that_is_too_old_and_a_torch_that_lacks_it_say_why(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 6))
+        assert scaled.refusal(CARD) == "it needs a card of compute capability 8.9 or newer, found 8.6"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 9))
+        monkeypatch.setattr(devices, "passed", lambda *call: None)
+        monkeypatch.delattr(F, "scaled_mm", raising=False)
+        assert scaled._way(CARD) == ("_scaled_mm", None)
+        monkeypatch.delattr(torch, "_scaled_mm", raising=False)
+        told = scaled.refusal(CARD)
+        assert f"scaled_mm: torch {torch.__version__} has no torch.nn.functional.scaled_mm with scales by row" in told
+        assert f"_scaled_mm: torch {torch.__version__} has no torch._scaled_mm" in told
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_the_test_of_a_card_passes_here_and_fails_where_a_product_is_wrong(self, monkeypatch, way):
+        device = torch.device("cpu")
+        assert trial.run(scaled.OP, way, device) is None
+        true = scaled._CALLS[way]
+        monkeypatch.setitem(scaled._CALLS, way, lambda *call: true(*call) * 1.05)
+        assert trial.run(scaled.OP, way, device).startswith("its test failed: the product with one scale is off by 5")
+        monkeypatch.setitem(scaled._CALLS, way, lambda rows, columns, scales, by, bias: true(rows, columns, scales, by, None))
+        assert "with one scale and bias is off" in trial.run(scaled.OP, way, device)
+        monkeypatch.setitem(scaled._CALLS, way, lambda *call: 1 / 0)
+        assert trial.run(scaled.OP, way, device).startswith("its test broke (ZeroDivisionError")
+
+    def test_each_of_torchs_functions_is_tested_once_and_the_first_that_passes_is_taken(self, monkeypatch):
+        runs = []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(devices, "_PASSED", {})
+        monkeypatch.setattr(scaled, "_absent", lambda way: None)
+        failing = {"scaled_mm"}
+        monkeypatch.setattr(trial, "run", lambda op, way, device: runs.append((op, way)) or ("no" if way in failing else None))
+        for _ in range(2):
+            assert scaled._way(CARD) == ("_scaled_mm", None)
+        assert runs == [(scaled.OP, "scaled_mm"), (scaled.OP, "_scaled_mm")]
+        devices._PASSED.clear()
+        failing.add("_scaled_mm")
+        assert scaled.refusal(CARD) == "scaled_mm: no; _scaled_mm: no"
+
+    def test_compile_sees_one_graph(self, here):
+        net, x = layer(), random(3, 64, seed=1).to(torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
+        net.computing, plain = True, fp8.Fp8Linear(net.weight, net.weight_scale, net.bias)
+        with torch.no_grad():
+            assert not torch.equal(net(x), plain(x))

@@ -401,6 +401,14 @@ class TestFp8:
         assert torch.equal(module.get_submodule(key).weight.view(torch.uint8), stored.view(torch.uint8))
         assert module.get_submodule(key).weight_scale == scale
 
+    def test_fp8_that_computes_is_the_same_weights_asked_to_multiply(self, tmp_path, step1x):
+        path = write(tmp_path / "x.safetensors", step1x)
+        for name, computing in (("fp8", False), ("fp8-compute", True)):
+            module, _, report = load_step1x_transformer(path, dtype=torch.bfloat16, weights_dtype=name)
+            layers = [m for m in module.modules() if isinstance(m, Fp8Linear)]
+            assert layers and {layer.computing for layer in layers} == {computing}
+            assert any("multiplied in 8 bits where the device can" in note for note in report.notes) == computing
+
     @pytest.mark.parametrize("rows", [False, True])
     def test_original_layout_in_fp8_with_scales_is_split_with_its_scales(self, tmp_path, step1x, rows):
         original = originals.step1x_original(step1x)
@@ -433,5 +441,5 @@ class TestFp8:
             load_qwen_transformer(path, dtype=F32)
 
     def test_unknown_weights_dtype(self, qwen, tmp_path):
-        with pytest.raises(ConfigError, match="auto, fp8, full, found 'int4'"):
+        with pytest.raises(ConfigError, match="auto, fp8, fp8-compute, full, found 'int4'"):
             load_qwen_transformer(write(tmp_path / "x.safetensors", qwen), dtype=F32, weights_dtype="int4")

@@ -2,7 +2,7 @@
 
 from .chosen import attend_with
 from .cross_entropy import head_cross_entropy, linear_cross_entropy
-from .dispatch import BACKENDS, Backend, Refused, attention, explain, select
+from .dispatch import BACKENDS, Backend, Refused, attention, chosen_backends, explain, select
 from .linear import hasten, linear_gelu
 from .mask import Intervals, Mask
 from .ops import gate_norm_modulate, guided_step, has_kernel, qk_norm_rope
@@ -17,6 +17,7 @@ __all__ = [
     "Refused",
     "attend_with",
     "attention",
+    "chosen_backends",
     "explain",
     "gate_norm_modulate",
     "guided_step",

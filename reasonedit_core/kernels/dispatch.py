@@ -19,10 +19,17 @@ import torch
 
 from ..errors import BackendUnavailable, ConfigError
 from ..packing import PackMask
-from . import batched, flex, interval, linear, ops, packages, reference, sdpa, varlen
+from . import batched, cross_entropy, flex, interval, linear, ops, packages, reference, scaled, sdpa, timing, varlen
 from .mask import Intervals, Mask, as_tensor
 
 log = logging.getLogger(__name__)
+
+HOST = "host"
+"""What `chosen_backends` calls a host's attention."""
+
+_RAN: set[str] = set()
+_TRACED: set[str] = set()
+"""Backends that computed a call since it was last asked, and those that were compiled into a graph."""
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(q (B, T, H, D), k (B, S, Hk, D), v (B, S, Hk, D), mask | None) -> (B, T, H, D). What a host's callable looks like."""
@@ -103,11 +110,24 @@ def attention(
     _check(q, k, v, mask)
     if host is not None:
         try:
-            return host(q, k, v, as_tensor(mask))
+            out = host(q, k, v, as_tensor(mask))
+            _note(HOST)
+            return out
         except Refused as refusal:
             if not torch.compiler.is_compiling():
                 _log_once(f"the host's attention refused a call ({refusal}); our own backends take it")
-    return select(backend, q, k, v, mask).run(q, k, v, mask)
+    chosen = select(backend, q, k, v, mask)
+    _note(chosen.name)
+    return chosen.run(q, k, v, mask)
+
+
+def chosen_backends(*, forget: bool = True) -> tuple[str, ...]:
+    """Which backends were given attention since this was last asked, in order of preference, "host" first; forget: asked next
+    time, those since now. A compiled graph does not say when it runs, so what was compiled into one is named every time."""
+    found = _RAN | _TRACED
+    if forget:
+        _RAN.clear()
+    return tuple(name for name in (HOST, *(backend.name for backend in BACKENDS)) if name in found)
 
 
 def select(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None) -> Backend:
@@ -151,11 +171,28 @@ def explain(device: torch.device | str = "cpu") -> str:
             "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         }
         lines.append("  sdpa may use: " + ", ".join([*(kind for kind, on in kinds.items() if on), "plain"]))
+        lines += timing.explain(device)
     lines += ops.explain(device)
     if device.type == "cpu":
         reason = linear.lacking()
         lines.append("float32 products on cpu: " + ("oneDNN would run" if reason is None else f"torch's own; oneDNN: {reason}"))
+    lines.append(cross_entropy.explain())
+    reason = scaled.refusal(device)
+    lines.append(f"fp8 products on {device}: " + ("in 8 bits when asked for" if reason is None else f"dequantised; {reason}"))
     return "\n".join(lines)
+
+
+def _note(name: str) -> None:
+    if torch.compiler.is_compiling():
+        _note_traced(name)
+    else:
+        _RAN.add(name)
+
+
+@torch.compiler.assume_constant_result
+def _note_traced(name: str) -> None:
+    # Called while a graph is made and no part of it: a set that a graph adds to would be looked at before each of its runs.
+    _TRACED.add(name)
 
 
 def _names() -> str:

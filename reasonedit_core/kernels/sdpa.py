@@ -2,9 +2,9 @@
 
 Shapes: q (B, T, H, D), k and v (B, S, Hk, D) with H a multiple of Hk, mask bool broadcastable to (B, H, T, S) or PackMask.
 
-No order of those kernels is forced here: since 2.11, the lowest version that we take, torch asks cuDNN first on cards of compute
-capability 9.0 and 10.0 (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 takes that back) and flash first on others, which is the order that
-is wanted, and a user's own settings (`torch.backends.cuda.enable_cudnn_sdp`, `sdpa_kernel`) stay in force.
+No order of those kernels is forced here: since 2.11, the lowest version that we take, torch asks cuDNN first on cards of
+compute capability 9.0 and 10.0 (TORCH_CUDNN_SDPA_DEPRIORITIZED=1 takes that back) and flash first on others, which is the order
+that is wanted, and a user's own settings (`torch.backends.cuda.enable_cudnn_sdp`, `sdpa_kernel`) stay in force.
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ def _kernels(op: str, backend: str) -> Any:
         from . import packages
 
         return partial(packages.run, backend)
+    if op == "product in fp8":
+        from . import scaled
+
+        return partial(scaled.product, way=backend)
     if op.startswith("interval"):
         from . import triton_attention as found
     elif backend == "triton":
@@ -172,6 +176,23 @@ def attention(run: Callable[..., Tensor], device: torch.device) -> Pairs:
         yield what, run(*call), reference.run(*(x.float() for x in call))
 
 
+def product_in_fp8(product: Callable[..., Tensor], device: torch.device) -> Pairs:
+    """Against the dequantised form, on activations that 8 bits hold exactly: what is wrong then is the product, not the
+    rounding. As many rows as no tile has, one scale and a scale by row, with bias and without."""
+    draw = _Draw(device)
+    # 256 to 448 in steps of 32, of either sign: alike in size, so that every one shows, and 448 in each row, so that its scale
+    # is the power of two that it is given.
+    x = draw(77, 256).float()
+    x = x.sign() * (8 + (97 * x).abs().floor() % 7) * 32
+    x[:, 0] = 448.0
+    x = (x * torch.exp2(torch.arange(77, device=device)[:, None] % 3 - 9.0)).to(torch.bfloat16)
+    weight, bias = draw(384, 256).to(torch.float8_e4m3fn), 8 * draw(384)
+    for what, scale in (("one scale", torch.tensor(0.25, device=device)), ("a scale by row", draw(384).float().abs() + 0.1)):
+        wide = weight.float() * scale.reshape(-1, 1)
+        yield f"the product with {what}", product(x, weight, scale, None), x.float() @ wide.t()
+        yield f"the product with {what} and bias", product(x, weight, scale, bias), x.float() @ wide.t() + bias.float()
+
+
 def _attended(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the gradient of the answer."""
     draw = _Draw(device)
@@ -195,4 +216,5 @@ CASES: dict[str, Callable[[Any, torch.device], Pairs]] = {
     "interval": interval,
     "interval backward": interval_backward,
     "attention": attention,
+    "product in fp8": product_in_fp8,
 }
