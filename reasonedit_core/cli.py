@@ -15,20 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .brain_options import add_brain_options, brain_settings, check_brain_options, use_cues
+from .brain_options import add_brain_options, check_brain_options, use_cues
 from .errors import ConfigError, Interrupted, ReasonEditError
 from .mini.models import BRAINS, MINIS, has_mini
 from .region_options import add_region_options, interval_of, region_of, step_cache_of
+from .weight_options import add_weight_options, spec_of
+
+if TYPE_CHECKING:
+    from .load import System
+    from .types import EditRequest
 
 PUBLISHED = ("reasonedit-s", "reasonedit-q")
 SYSTEMS = (*PUBLISHED, "reasonbrain")
 POLICIES = ("reasonedit", "released")
 SCORES = ("lazy", "always")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-VARIANTS = ("auto", "v1.0", "v1.1", "v1.2")
-ATTENTION = ("auto", "interval", "sdpa", "flash", "sage", "kitchen", "reference")
 MAX_SEED = 2**63 - 1
 
 
@@ -122,11 +124,10 @@ def run_edit(args: argparse.Namespace) -> int:
     """`reasonedit edit`."""
     from .images import load_image
     from .kernels import chosen_backends
-    from .load import SystemSpec, choose_device, choose_dtype, load_system
+    from .load import choose_device, choose_dtype, load_system
     from .mini.scenes import picture_remark
     from .report import RunFolder
     from .run import Bars, outcome_line, round_line, run_to_folder
-    from .types import Draft, EditRequest
 
     if not args.instruction.strip():
         raise ConfigError("INSTRUCTION: expected words that say what to change, found none")
@@ -138,8 +139,9 @@ def run_edit(args: argparse.Namespace) -> int:
     if lazy and args.policy == "released":
         raise ConfigError("--scores: expected always with --policy released, which chooses by scores, found lazy; leave it out")
     picture = load_image(args.image)
-    region, interval = region_of(args, picture.rgb), interval_of(args)
-    references = tuple(load_image(path) for path in args.reference)
+    given = {"image": picture.rgb, "references": tuple(load_image(path).rgb for path in args.reference)}
+    given |= {"region": region_of(args, picture.rgb), "guidance_interval": interval_of(args)}
+    given |= {"step_cache": step_cache_of(args)}
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     bars = Bars(args.quiet)
@@ -149,28 +151,8 @@ def run_edit(args: argparse.Namespace) -> int:
     run |= {"device": device.type, "dtype": dtype, "attention": args.attention}
     run |= {"compiled": args.compile, "batched_cfg": args.batched_cfg}
     folder = RunFolder(args.out, alpha=picture.alpha, run=run, counts=lambda: system.counts)
-    spec = SystemSpec(
-        system=args.system,
-        weights=args.weights,
-        reasoner=args.reasoner,
-        dialogue=args.dialogue,
-        policy=args.policy,
-        dtype=dtype,
-        device=str(device),
-        loras=tuple(args.lora),
-        reasoner_loras=tuple(args.reasoner_lora),
-        draft_loras=(args.draft_lora,) if args.draft_lora else (),
-        offload=args.offload,
-        weights_dtype=args.weights_dtype,
-        variant=args.variant,
-        seed=args.seed,
-        attention=args.attention,
-        compiled=args.compile,
-        batched_cfg=args.batched_cfg,
-        brain=brain_settings(args),
-    )
     with bars.loading() as on_progress:
-        system = load_system(spec, on_progress=on_progress)
+        system = load_system(spec_of(args, str(device), dtype), on_progress=on_progress)
     use_cues(system, args, picture.rgb, tell)
     policy = replace(system.policy, lazy_scores=lazy)
     folder.describe(dialogue=pack_record(system.pack_origin), loras=_told(args.lora))
@@ -184,28 +166,9 @@ def run_edit(args: argparse.Namespace) -> int:
             tell(note)
     if remark := picture_remark(system.settings.pictures, picture.rgb):
         say(f"warning: {args.image}: {remark}")
-    has_reasoner = system.reasoner is not None
-    if not has_reasoner:
+    if system.reasoner is None:
         folder.describe(reasoner="none")
-    request = EditRequest(
-        image=picture.rgb,
-        instruction=args.instruction,
-        seed=args.seed,
-        steps=_or(args.steps, system.defaults["steps"]),
-        guidance=_or(args.guidance, system.defaults["guidance"]),
-        size_level=_or(args.size, system.defaults["size_level"]),
-        negative=_or(args.negative, system.defaults["negative"]),
-        references=tuple(reference.rgb for reference in references),
-        max_rounds=args.rounds,
-        max_seconds=args.max_seconds,
-        think=args.think and has_reasoner,
-        reflect=args.reflect and has_reasoner,
-        region=region,
-        guidance_interval=interval,
-        step_cache=step_cache_of(args),
-        draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
-        image_guidance=args.image_guidance,
-    )
+    request = _request(args, system, given)
     chosen_backends()  # what ran before is not of this run
     folder.ran = partial(chosen_backends, forget=False)
     trace = run_to_folder(system, request, policy, folder, bars=bars, say=say)
@@ -214,6 +177,29 @@ def run_edit(args: argparse.Namespace) -> int:
     print(outcome_line(trace))
     print(f"written: {folder.folder / 'result.png'}, rounds/, sheet.png, trace.json")
     return 0
+
+
+def _request(args: argparse.Namespace, system: System, given: Mapping[str, Any]) -> EditRequest:
+    """What is asked of a loaded system: the options, and the checkpoint's defaults where they say nothing. given: fields that
+    were read before anything was loaded."""
+    from .types import Draft, EditRequest
+
+    has_reasoner = system.reasoner is not None
+    return EditRequest(
+        **given,
+        instruction=args.instruction,
+        seed=args.seed,
+        steps=_or(args.steps, system.defaults["steps"]),
+        guidance=_or(args.guidance, system.defaults["guidance"]),
+        size_level=_or(args.size, system.defaults["size_level"]),
+        negative=_or(args.negative, system.defaults["negative"]),
+        max_rounds=args.rounds,
+        max_seconds=args.max_seconds,
+        think=args.think and has_reasoner,
+        reflect=args.reflect and has_reasoner,
+        draft=None if args.draft_steps is None else Draft(args.draft_steps, args.draft_guidance),
+        image_guidance=args.image_guidance,
+    )
 
 
 def _check_draft(args: argparse.Namespace) -> None:
@@ -363,20 +349,7 @@ def _add_edit(commands) -> None:
     add("--reference", type=Path, nargs="+", default=[], metavar="IMAGE", help="further pictures, for systems that take them")
     add_region_options(parser, whole, real)
     add_brain_options(parser, real)
-    group = parser.add_argument_group("weights and devices")
-    add = group.add_argument
-    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on the CPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    several = {"type": lora, "action": "append", "default": [], "metavar": "FILE[:SCALE]"}
-    add("--lora", **several, help="LoRA file or peft folder for the DiT, the MLLM or both, as its keys say; may be repeated")
-    add("--reasoner-lora", **several, help="the same for the MLLM of --reasoner qwen:DIR")
-    add("--offload", choices=("none", "component", "block"), default="none", help="what waits in main memory until its turn")
-    fp8 = "fp8: keep the DiT's weights in 8 bits; fp8-compute: multiply in them too, where the card can"
-    add("--weights-dtype", choices=("auto", "fp8", "fp8-compute"), default="auto", help=fp8)
-    add("--attention", choices=ATTENTION, default="auto", help="what computes the DiT's attention (auto: the best that can)")
-    add("--compile", action="store_true", help="torch.compile for the DiT's blocks: a slow first edit, quicker ones after it")
-    add("--batched-cfg", action="store_true", help="both guidance passes of a step as one forward")
-    add("--variant", choices=VARIANTS, default="auto", help="of Step1X single files, whose keys do not tell v1.1 from v1.2")
+    add_weight_options(parser, lora)
 
 
 def _add_demo(commands) -> None:

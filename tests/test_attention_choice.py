@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reasonedit.reasonedit_core import cli
+from reasonedit.reasonedit_core import cli, weight_options
 from reasonedit.reasonedit_core.errors import BackendUnavailable, ConfigError
 from reasonedit.reasonedit_core.kernels import attend_with, chosen, dispatch, interval, reference
 from reasonedit.reasonedit_core.load import SystemSpec, load_system
@@ -176,7 +176,7 @@ def test_the_loader_hands_the_choice_to_the_denoiser(kind, monkeypatch):
 
 
 def test_the_names_are_those_of_the_dispatch():
-    assert cli.ATTENTION == models.ATTENTION == chosen.names()
+    assert weight_options.ATTENTION == models.ATTENTION == chosen.names()
 
 
 def edit(folder: Path, name: str) -> int:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from reasonedit.reasonedit_core import cli, load, loop, offload, run
+from reasonedit.reasonedit_core import cli, load, loop, offload, run, weight_options
 from reasonedit.reasonedit_core.cli import main
 from reasonedit.reasonedit_core.dialogue.pack import Pack, fitted
 from reasonedit.reasonedit_core.dialogue.packfile import format_pack
 from reasonedit.reasonedit_core.dialogue.prompts import load_pack
+from reasonedit.reasonedit_core.weights import WEIGHTS_DTYPES
 from reasonedit.tests.tiny import tiny_checkpoint
 
 SMALL = {"steps": 2, "guidance": 2.0, "size_level": 64, "conditioner_pixels": [3136, 6272], "reasoner_pixels": [3136, 6272]}
@@ -158,7 +159,8 @@ def test_lora_and_number_options_read_what_they_should(here):
 def test_option_tables_are_those_of_the_loader_and_the_loop():
     assert set(cli.SYSTEMS) == set(load.SYSTEMS)
     assert set(cli.POLICIES) == set(loop.POLICIES)
-    assert set(cli.DTYPES) == {"auto", *load.DTYPES}
+    assert set(weight_options.DTYPES) == {"auto", *load.DTYPES}
+    assert set(weight_options.WEIGHTS) == set(WEIGHTS_DTYPES) - {"full"}
 
 
 def test_auto_dtype(monkeypatch):

@@ -312,20 +312,6 @@ def old_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
 
 
-@pytest.mark.parametrize(
-    ("hide", "words"),
-    [
-        (no_varlen, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn"),
-        (no_varlen_module, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn"),
-        (no_flash, "this torch was built without flash attention"),
-        (old_card, "it needs a card of compute capability 8.0 or newer, found 7.5"),
-    ],
-)
-def test_what_varlen_lacks_is_said(whole, monkeypatch, hide, words):
-    hide(monkeypatch)
-    assert varlen.available(CARD) == words
-
-
 def no_blocks(monkeypatch):
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -343,17 +329,25 @@ def no_triton(monkeypatch):
     monkeypatch.setattr(flex, "find_spec", lambda name: None)
 
 
+NO_VARLEN = f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn"
+NO_BLOCKS = f"torch {torch.__version__} has no BlockMask.from_kv_blocks"
+
+
 @pytest.mark.parametrize(
-    ("hide", "words"),
+    ("backend", "hide", "words"),
     [
-        (no_blocks, f"torch {torch.__version__} has no BlockMask.from_kv_blocks"),
-        (no_flex_module, f"torch {torch.__version__} has no BlockMask.from_kv_blocks"),
-        (no_triton, "Triton, which compiles it, is not installed"),
+        (varlen, no_varlen, NO_VARLEN),
+        (varlen, no_varlen_module, NO_VARLEN),
+        (varlen, no_flash, "this torch was built without flash attention"),
+        (varlen, old_card, "it needs a card of compute capability 8.0 or newer, found 7.5"),
+        (flex, no_blocks, NO_BLOCKS),
+        (flex, no_flex_module, NO_BLOCKS),
+        (flex, no_triton, "Triton, which compiles it, is not installed"),
     ],
 )
-def test_what_flex_lacks_is_said(whole, monkeypatch, hide, words):
+def test_what_torch_or_the_machine_lacks_is_said(whole, monkeypatch, backend, hide, words):
     hide(monkeypatch)
-    assert flex.available(CARD) == words
+    assert backend.available(CARD) == words
 
 
 # the dispatch

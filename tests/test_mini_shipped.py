@@ -34,10 +34,15 @@ PACKAGE = Path(models.__file__).parent
 @pytest.fixture(params=sorted(MINIS))
 def shipped(request, monkeypatch):
     """The folder of a miniature in the package."""
+    return held(request.param, "model_index.json", monkeypatch)
+
+
+def held(name, mark, monkeypatch):
+    """A folder of the package, by a file that it has once it is trained."""
     monkeypatch.delenv(PLACE, raising=False)
-    folder = PACKAGE / request.param
-    if not (folder / "model_index.json").is_file():
-        pytest.skip(f"NOT TESTED: the package holds no trained {request.param} yet")
+    folder = PACKAGE / name
+    if not (folder / mark).is_file():
+        pytest.skip(f"NOT TESTED: the package holds no trained {name} yet")
     return folder
 
 
@@ -79,11 +84,7 @@ def test_thinking_and_reflecting_help_as_the_card_says(shipped, tmp_path):
 @pytest.fixture(params=sorted(BRAINS))
 def shipped_brain(request, monkeypatch):
     """The folder of mini-brain in the package."""
-    monkeypatch.delenv(PLACE, raising=False)
-    folder = PACKAGE / request.param
-    if not (folder / "brain.safetensors").is_file():
-        pytest.skip(f"NOT TESTED: the package holds no trained {request.param} yet")
-    return folder
+    return held(request.param, "brain.safetensors", monkeypatch)
 
 
 def test_a_brain_and_all_its_rows_are_small_and_load(shipped_brain):

@@ -40,7 +40,7 @@ ORDER = (
     {"brain_options"},
     {"load_lora"},
     {"load"},
-    {"run"},
+    {"run", "weight_options"},
     {"demo", "demo_random", "doctor", "download"},
     {"bench"},
     {"cli"},

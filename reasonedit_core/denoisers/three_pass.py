@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ..types import ShouldStop
     from .unet import UNetDenoiser
 
-TEXT_DROP = (0.0, 0.10)
-IMAGE_DROP = (0.05, 0.15)
-"""Of a number drawn in 0..1: where the text and where the picture is dropped; 5 % each alone, 5 % both."""
-
 
 @dataclass(frozen=True, slots=True)
 class Scales:
@@ -30,12 +26,6 @@ class Scales:
 
     text: float = 7.5
     image: float = 1.5
-
-
-def draw_drops(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of `count` samples lose their text, and which their picture: two (B,) bool on the CPU."""
-    u = torch.rand(count, generator=rng, device=rng.device).cpu()
-    return tuple((low <= u) & (u < high) for low, high in (TEXT_DROP, IMAGE_DROP))
 
 
 def drop(conditioning: Conditioning, null: Tensor | None, text: Tensor, image: Tensor) -> Conditioning:

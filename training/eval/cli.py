@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...reasonedit_core.cli import DTYPES, whole
+from ...reasonedit_core.cli import whole
+from ...reasonedit_core.weight_options import DTYPES
 from ..program import Parser, printable, run_program
 from .benchmarks.cli import add_commands
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ....reasonedit_core.cli import DTYPES, real, whole
+from ....reasonedit_core.cli import real, whole
+from ....reasonedit_core.weight_options import DTYPES
 from ...program import Parser, printable, run_program
 
 

@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ....reasonedit_core.cli import DTYPES, MAX_SEED, POLICIES, lora, real, whole
+from ....reasonedit_core.cli import MAX_SEED, POLICIES, lora, real, whole
 from ....reasonedit_core.errors import ConfigError
+from ....reasonedit_core.weight_options import DTYPES
 
 BENCHES = ("gedit", "imgedit", "kris", "rise", "reason50k")
 SYSTEM = ("reasonedit-s", "reasonedit-q", "mini-s", "mini-q")
